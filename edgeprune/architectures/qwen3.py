@@ -1,0 +1,8 @@
+"""Qwen3: Llama blocks with an RMS norm over head_dim on q and k, shared by all heads and so untouched by a cut."""
+
+from edgeprune.architectures.llama import groups
+
+__all__ = ["BASE", "SOURCE", "groups"]
+
+BASE = "Qwen3ForCausalLM"
+SOURCE = "decoder"

@@ -1,0 +1,93 @@
+"""`PrunePlan`: the frozen record of a cut, made by allocation, read by shrink, checkpoint and reports (`plan.json`)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeprune_runtime.errors import EdgepruneError
+
+PLAN_FILE = "plan.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """Which tokens the statistics saw: where they came from, how many, and the SHA-256 of the int64 token array."""
+
+    source: str
+    sequences: int
+    length_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What stays of a model, and how that was decided.
+
+    `keep` maps each group's name to the sorted indices of the units that stay (indices of the model before the cut),
+    `units` to the number there were. Parameters count tied weights once. `ratio` is the share of all parameters removed.
+    """
+
+    model: str
+    model_type: str
+    method: str
+    allocation: str
+    refit: str
+    ratio_asked: float
+    ratio_reached: float
+    parameters_before: int
+    parameters_after: int
+    block_parameters_before: int
+    block_parameters_after: int
+    align: int
+    seed: int
+    dtype: str
+    calibration: CalibrationRecord | None
+    edgeprune_version: str
+    keep: Mapping[str, Sequence[int]]
+    units: Mapping[str, int]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> str:
+        """The plan as one JSON document."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "PrunePlan":
+        """Read a plan back.
+
+        Raises:
+            EdgepruneError: if the text is not a plan of this version.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            version = data.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise EdgepruneError(f"plan has schema_version {version!r}; this edgeprune reads {SCHEMA_VERSION}")
+            calibration = data.pop("calibration")
+            keep = {str(name): tuple(int(unit) for unit in units) for name, units in data.pop("keep").items()}
+            return cls(
+                **data | {"notes": tuple(data["notes"])},
+                keep=keep,
+                calibration=CalibrationRecord(**calibration) if calibration else None,
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EdgepruneError(f"not an edgeprune plan ({error}); expected the plan.json that `compress` wrote") from None
+
+    def save(self, folder: Path) -> None:
+        """Write `plan.json` into an existing folder."""
+        (folder / PLAN_FILE).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "PrunePlan":
+        """Read `plan.json` of a checkpoint folder.
+
+        Raises:
+            EdgepruneError: if there is none or it is damaged.
+        """
+        path = folder / PLAN_FILE
+        if not path.is_file():
+            raise EdgepruneError(f"{folder} has no {PLAN_FILE}; expected a folder written by `edgeprune compress`")
+        return cls.from_json(path.read_text(encoding="utf-8"))
