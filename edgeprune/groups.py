@@ -1,7 +1,7 @@
 """What may be cut: groups of units that live or die together, and where each unit lies in the weights.
 
-A `Group` is pure data (no torch). An architecture file lists a model's groups; scoring, planning, cutting, refitting and
-saving work on groups alone and never name an architecture.
+A `Group` is pure data (no torch). An architecture file lists a model's groups; scoring, planning, cutting, refitting
+and saving work on groups alone and never name an architecture.
 
 Attention of one layer has two levels of units, as two groups:
 
@@ -87,12 +87,15 @@ def check_keep(groups: Sequence[Group], keep: Keep) -> None:
     by_name = {group.name: group for group in groups}
     for name, indices in keep.items():
         if name not in by_name:
-            raise EdgepruneError(f"plan names the group {name!r}, which this model does not have; is it for this model?")
+            raise EdgepruneError(
+                f"plan names the group {name!r}, which this model does not have; is it for this model?"
+            )
         units = by_name[name].units
         ordered = all(a < b for a, b in zip(indices, list(indices)[1:], strict=False))
         if len(indices) == 0 or not ordered or indices[0] < 0 or indices[-1] >= units:
             raise EdgepruneError(
-                f"plan keeps {len(indices)} units of {name!r}; expected at least one, sorted, unique, within 0..{units - 1}"
+                f"plan keeps {len(indices)} units of {name!r}; expected at least one, sorted, unique, within "
+                f"0..{units - 1}"
             )
     for heads in groups:
         if heads.parent is None:

@@ -27,7 +27,8 @@ class PrunePlan:
     """What stays of a model, and how that was decided.
 
     `keep` maps each group's name to the sorted indices of the units that stay (indices of the model before the cut),
-    `units` to the number there were. Parameters count tied weights once. `ratio` is the share of all parameters removed.
+    `units` to the number there were. Parameters count tied weights once. `ratio` is the share of all parameters
+    removed.
     """
 
     model: str
@@ -68,13 +69,16 @@ class PrunePlan:
                 raise EdgepruneError(f"plan has schema_version {version!r}; this edgeprune reads {SCHEMA_VERSION}")
             calibration = data.pop("calibration")
             keep = {str(name): tuple(int(unit) for unit in units) for name, units in data.pop("keep").items()}
+            rest: dict[str, Any] = data | {"notes": tuple(data["notes"])}
             return cls(
-                **data | {"notes": tuple(data["notes"])},
+                **rest,
                 keep=keep,
                 calibration=CalibrationRecord(**calibration) if calibration else None,
             )
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise EdgepruneError(f"not an edgeprune plan ({error}); expected the plan.json that `compress` wrote") from None
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise EdgepruneError(
+                f"not an edgeprune plan ({error}); expected the plan.json that `compress` wrote"
+            ) from None
 
     def save(self, folder: Path) -> None:
         """Write `plan.json` into an existing folder."""

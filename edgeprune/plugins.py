@@ -1,7 +1,7 @@
 """Plug-ins by file name: a new architecture, importance method or allocation is one new file and no table to edit.
 
-`find("importance", "wanda-sp")` imports `edgeprune/importance/wanda_sp.py`. A name that is a Python keyword ends its file
-name with an underscore (`global` lies in `global_.py`). An error inside a plug-in is not swallowed.
+`find("importance", "wanda-sp")` imports `edgeprune/importance/wanda_sp.py`. A name that is a Python keyword ends its
+file name with an underscore (`global` lies in `global_.py`). An error inside a plug-in is not swallowed.
 """
 
 import difflib

@@ -1,9 +1,12 @@
-"""Tiny random models of every supported type, built from config with a fixed seed: for equality and shape, never for claims."""
+"""Tiny random models of every supported type, built from config: for equality and shape, never for claims."""
 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+# matrices this small gain nothing from threads, and threads of several test processes get in each other's way
+torch.set_num_threads(1)
 
 SHAPES: dict[str, dict[str, Any]] = {
     # name -> (model_type and) sizes; several KV-head ratios, odd counts

@@ -1,4 +1,6 @@
-"""One file per `model_type`. To add one, imitate `llama.py`:
+"""One file per `model_type`.
+
+To add one, imitate `llama.py`:
 
 1. `groups(config)` lists the groups of every layer (see `edgeprune.groups`);
 2. `BASE` names the stock `transformers` class;

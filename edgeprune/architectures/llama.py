@@ -6,6 +6,9 @@ from edgeprune.groups import Group, Slot
 
 BASE = "LlamaForCausalLM"
 SOURCE = "decoder"
+# Stock Llama refuses head counts that do not divide hidden_size. Mistral without a window computes the same and takes
+# them; a checkpoint is saved as one only after its logits were found equal.
+STAND_IN = ("mistral", {"sliding_window": None})
 
 
 def groups(config: Any) -> list[Group]:

@@ -11,7 +11,7 @@ from edgeprune_runtime.errors import EdgepruneError
 
 app = typer.Typer(
     name="edgeprune",
-    help="Make a language model physically smaller, export it to ONNX, and prove with ONNX Runtime what it cost and won.",
+    help="Make a language model physically smaller, export it to ONNX, and prove what it cost and won.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,7 +32,9 @@ def _root(
     ] = False,
 ) -> None:
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
     )
 
 
@@ -44,3 +46,8 @@ def main() -> None:
         message = " ".join(str(error).split())
         typer.echo(f"edgeprune: {message}", err=True)
         sys.exit(error.exit_code)
+
+
+import edgeprune.cli.compress  # noqa: E402 - each command module registers itself with `app` above
+import edgeprune.cli.device  # noqa: E402
+import edgeprune.cli.export  # noqa: E402, F401

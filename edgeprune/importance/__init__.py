@@ -1,0 +1,68 @@
+"""How much each unit matters.
+
+One file per method; to add one, imitate `taylor_fine.py`:
+
+1. `NEEDS` names the evidence the method reads: "inputs" (moments of the inputs of o_proj and down_proj), "gradient"
+   (dL/dW of the calibration loss), "fisher" (mean over samples of the squared gradient), or nothing;
+2. `sampled(argument)` (optional) names methods whose scores of every single calibration sample are wanted as well;
+3. `scores(group, evidence, argument)` returns float32 `(units,)`, higher = keep. `argument` is what the user wrote
+   after the colon in `--method name:argument`, or None; a method that takes one says which in `ARGUMENT`.
+
+Evidence is oriented so that dimension 0 is always the *channel*: rows of an "out" slot, columns of an "in" slot. A
+unit of a slot is `slot.size` consecutive channels (one head = head_dim channels).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from edgeprune.groups import Group, Slot
+
+
+@dataclass(frozen=True)
+class SlotEvidence:
+    """What is known of the channels of one slot; `C = units * slot.size` channels, `K` weights in each.
+
+    Attributes:
+        slot: where the channels lie.
+        weight: `(C, K)` float32.
+        gradient: `(C, K)` float32, dL/dW of the loss averaged over all calibration tokens.
+        fisher: `(C, K)` float32, mean over samples of the squared gradient of each sample's mean loss.
+        input_sq_mean: `(C,)` float32, mean square of the channel's activation; "in" slots only.
+        input_mean: `(C,)` float32, mean of the channel's activation; "in" slots only.
+    """
+
+    slot: Slot
+    weight: torch.Tensor
+    gradient: torch.Tensor | None = None
+    fisher: torch.Tensor | None = None
+    input_sq_mean: torch.Tensor | None = None
+    input_mean: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Evidence of one group: its slots, and for each method in `sampled` the scores of every sample, `(S, units)`."""
+
+    slots: tuple[SlotEvidence, ...]
+    samples: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def inner(self) -> SlotEvidence | None:
+        """The slot whose Linear reads the units, if the group has one."""
+        return next((slot for slot in self.slots if slot.slot.side == "in"), None)
+
+
+def unit_sums(group: Group, evidence: Evidence, channel_scores: Callable[[SlotEvidence], torch.Tensor]) -> torch.Tensor:
+    """Sum channel scores `(C,)` over the channels of each unit and over the slots of the group: float32 `(units,)`."""
+    total = torch.zeros(group.units)
+    for slot in evidence.slots:
+        total += channel_scores(slot).reshape(group.units, slot.slot.size).sum(1)
+    return total
+
+
+def known(value: torch.Tensor | None) -> torch.Tensor:
+    """Evidence that `NEEDS` promised."""
+    assert value is not None, "a method reads evidence that its NEEDS does not name"
+    return value

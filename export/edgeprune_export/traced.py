@@ -1,0 +1,154 @@
+"""The graph of any prunable model, traced from its own torch code by `torch.onnx.export`, in standard operators.
+
+Slower to make and to run than the declarative graph, and independent of it: what both compute alike is right. The
+wrapper makes the KV cache and the attention mask explicit, so that the border is the same and padding on either side is
+taken.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from edgeprune.groups import LayerWidths
+from edgeprune_export import interface
+from edgeprune_export.external_data import ExternalData
+from edgeprune_export.reference import cache_tensors
+
+OPSET = 23  # the first with Attention and RotaryEmbedding
+
+SMALL_BYTES = 1024  # smaller initializers (shapes, scalars) stay inside the graph
+
+# Sizes of the example that is traced: unlike each other and unlike 0 and 1, which torch.export takes for constants.
+_BATCH, _TOKENS, _PAST = 2, 3, 5
+
+
+def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData) -> ir.Model:
+    """The traced graph of a float32 model in eval mode; its weights are appended to `data`."""
+    pasts = [torch.zeros(_BATCH, width.kv_heads, _PAST, width.head_dim) for width in widths for _ in interface.PARTS]
+    ids = torch.ones(_BATCH, _TOKENS, dtype=torch.int64)
+    mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
+    past_dims = {0: "batch_size", 2: "past_sequence_length"}
+    with _quiet():
+        program = torch.onnx.export(
+            _ExplicitCache(model).eval(),
+            (ids, mask, *pasts),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(
+                {0: "batch_size", 1: "sequence_length"},
+                {0: "batch_size", 1: "total_sequence_length"},
+                tuple(past_dims for _ in pasts),
+            ),
+            # ONNX Runtime optimises the graph when it loads it; doing it here as well takes longer than all the rest.
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None, "dynamo=True returns a program"
+    graph_model = program.model
+    graph_model.producer_name = "edgeprune"
+    # The exporter notes each node's Python stack, with the paths of this machine; nothing of it belongs in a bundle.
+    ClearMetadataAndDocStringPass()(graph_model)
+    _name_border(graph_model.graph, widths, model.config.vocab_size)
+    _move_weights(graph_model.graph, data)
+    return graph_model
+
+
+class _ExplicitCache(nn.Module):
+    """A causal model whose cache and mask are tensors that go in and come out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, *pasts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        cache = DynamicCache()
+        for layer in range(len(pasts) // 2):
+            cache.update(pasts[2 * layer], pasts[2 * layer + 1], layer)
+        tokens = ids.shape[1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=_masks(self.model.config, mask, positions, tokens),
+            position_ids=positions[:, -tokens:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return (output.logits, *cache_tensors(cache))
+
+
+def _masks(
+    config: PreTrainedConfig, mask: torch.Tensor, positions: torch.Tensor, tokens: int
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive masks (B, 1, T, slots) float32: one, or one per kind of layer where the model tells kinds apart."""
+    slots = torch.arange(mask.shape[1])
+    seen = (slots[None] <= slots[-tokens:, None]) & (mask[:, None, None] != 0)
+    windowed = seen
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        distance = positions[:, None, -tokens:, None] - positions[:, None, None, :]
+        windowed = seen & (distance < window)
+    if getattr(config, "layer_types", None) is None:
+        return _additive(windowed)
+    return {"full_attention": _additive(seen), "sliding_attention": _additive(windowed)}
+
+
+def _additive(seen: torch.Tensor) -> torch.Tensor:
+    return torch.where(seen, 0.0, interface.MASKED)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks to its own developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _name_border(graph: ir.Graph, widths: list[LayerWidths], vocab_size: int) -> None:
+    ids, mask, *pasts = graph.inputs
+    logits, *presents = graph.outputs
+    interface.describe(ids, *interface.INPUT_IDS)
+    interface.describe(mask, *interface.ATTENTION_MASK)
+    interface.describe(logits, "logits", ir.DataType.FLOAT, (*interface.LOGITS_SHAPE, vocab_size))
+    for index, (past, present) in enumerate(zip(pasts, presents, strict=True)):
+        layer, part = divmod(index, 2)
+        name, width = interface.PARTS[part], widths[layer]
+        interface.describe(past, interface.past_name(layer, name), ir.DataType.FLOAT, interface.past_shape(width))
+        interface.describe(
+            present, interface.present_name(layer, name), ir.DataType.FLOAT, interface.present_shape(width)
+        )
+
+
+def _move_weights(graph: ir.Graph, data: ExternalData) -> None:
+    """Write every initializer that is used to the data file; tied ones become one."""
+    first_uses: dict[int, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+            continue
+        assert value.const_value is not None, f"the exporter left {name} without a value"
+        array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = value.const_value.numpy()
+        address = array.__array_interface__["data"][0]
+        if array.nbytes >= SMALL_BYTES and address in first_uses:
+            ir.convenience.replace_all_uses_with(value, first_uses[address])
+            del graph.initializers[name]
+            continue
+        if array.nbytes >= SMALL_BYTES:
+            first_uses[address] = value
+            value.const_value = data.add(name, array)

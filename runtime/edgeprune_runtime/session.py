@@ -1,0 +1,357 @@
+"""ONNX Runtime sessions over a bundle, and the decoder that keeps their KV cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import onnxruntime.capi.onnxruntime_pybind11_state as ort_errors
+
+from edgeprune_runtime.bundle import Bundle, Manifest
+from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.limits import usable_cpus
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+Side = Literal["left", "right"]
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cann": "CANNExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "migraphx": "MIGraphXExecutionProvider",
+    "nnapi": "NnapiExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+    "vitisai": "VitisAIExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+}
+"""Short names of ONNX Runtime's execution providers."""
+
+# The KV cache stays where the provider computes; every other provider takes it from ordinary memory.
+_CACHE_DEVICE = {"cuda": "cuda", "tensorrt": "cuda", "tensorrt-rtx": "cuda"}
+_DTYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+# A long prompt goes in by pieces, so that its logits (tokens x vocabulary x 4 bytes) never take much memory.
+PREFILL_CHUNK_TOKENS = 512
+
+# ONNX Runtime derives its errors from Exception one by one and shares no parent between them.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,  # a kernel's failure under IO binding
+)
+
+
+class OutOfMemoryError(EdgepruneError):
+    """The memory at hand, or the limit set, does not hold the model and its cache."""
+
+
+def make_session(graph: Path, *, provider: str = "cpu", threads: int | None = None) -> "InferenceSession":
+    """A session over a graph, at the optimisation level that ships, on exactly the provider asked for.
+
+    Args:
+        graph: The ONNX file; its external data must lie in its folder.
+        provider: A key of `PROVIDERS`.
+        threads: Threads inside an operator; None takes `usable_cpus()`, which heeds affinity and container quota.
+
+    Raises:
+        EdgepruneError: if the provider is unknown, is not in this build of ONNX Runtime or did not start, or if the
+            graph cannot be loaded.
+    """
+    name = provider_name(provider)
+    if threads is not None and threads < 1:
+        raise EdgepruneError(f"threads is {threads}; at least 1 was expected")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads or usable_cpus()
+    options.inter_op_num_threads = 1
+    # Only fatal ones: warnings are for ONNX Runtime's developers, and errors reach the person as exceptions.
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=[name], enable_fallback=0)
+    except MemoryError as error:
+        raise OutOfMemoryError(f"not enough memory to load {graph}") from error
+    except ORT_ERRORS as error:
+        raise _ort_error(f"ONNX Runtime cannot load {graph}", error) from error
+    if session.get_providers()[0] != name:
+        raise EdgepruneError(
+            f"provider {provider!r} could not be started here, ONNX Runtime would use {session.get_providers()[0]}; "
+            "check its driver and libraries, or ask for --provider cpu"
+        )
+    if name not in nodes_by_provider(session):
+        raise EdgepruneError(
+            f"provider {provider!r} takes no node of {graph}, all would run on the CPU; ask for --provider cpu"
+        )
+    return session
+
+
+def nodes_by_provider(session: "InferenceSession") -> dict[str, int]:
+    """How many of the graph's nodes each execution provider runs; what one cannot take goes to the CPU."""
+    counts: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+    return counts
+
+
+def provider_name(provider: str) -> str:
+    """ONNX Runtime's name of a provider that this build has.
+
+    Raises:
+        EdgepruneError: if the short name is unknown or this build lacks the provider.
+    """
+    if provider not in PROVIDERS:
+        raise EdgepruneError(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        here = [short for short, name in PROVIDERS.items() if name in available]
+        raise EdgepruneError(
+            f"this ONNX Runtime {onnxruntime.__version__} has no provider {provider!r}, it has {', '.join(here)}; "
+            "install the onnxruntime package that carries it"
+        )
+    return PROVIDERS[provider]
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Keys and values of a batch, as ONNX Runtime left them, and which of their slots are real tokens.
+
+    `mask` is (B, S) bool.
+    """
+
+    values: tuple["OrtValue", ...]
+    mask: npt.NDArray[np.bool_]
+
+    @property
+    def tokens(self) -> int:
+        """Slots taken, padding included."""
+        return int(self.mask.shape[1])
+
+
+class Decoder:
+    """A bundle's graph in a session: `prefill` takes prompts, `step` one more token for each row.
+
+    The KV cache goes from a run's outputs to the next run's inputs inside ONNX Runtime, without a copy through numpy.
+
+    How padding reaches the graph depends on the manifest's `padding`. With "both" the attention mask may have zeros
+    anywhere, and new tokens are its last columns. With "right" a row's mask is ones, then zeros, because the graph
+    (GroupQueryAttention's `seqlens_k`) only counts them: it writes a new token right behind the row's last one, over
+    the padding. A left-padded batch would be computed wrongly there without any error, so it is refused.
+    """
+
+    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.provider = provider
+        self.threads = threads or usable_cpus()
+        self.session = make_session(bundle.graph_path, provider=provider, threads=self.threads)
+        self._inputs = _check_signature(bundle, self.session)
+        self._cache_device = _CACHE_DEVICE.get(provider, "cpu")
+
+    def prefill(self, rows: Sequence[Sequence[int] | Ids], *, side: Side | None = None) -> tuple[Logits, KvCache]:
+        """Logits (B, V) float32 behind the last token of each row, and the cache that holds the rows.
+
+        Rows of unequal lengths are padded on `side`; None takes the side that the bundle's graph is right with.
+
+        Raises:
+            EdgepruneError: if a row is empty or too long, or the graph does not take padding on that side.
+        """
+        if not rows or min(map(len, rows)) < 1:
+            raise EdgepruneError("a prompt has no tokens; give at least one")
+        lengths = np.array([len(row) for row in rows])
+        width = int(lengths.max())
+        check_context(self.manifest, width)
+        if lengths.min() == width:
+            ids = np.array(rows, np.int64)
+            cache, logits = None, np.empty((0, 0, 0), np.float32)
+            for start in range(0, width, PREFILL_CHUNK_TOKENS):
+                logits, cache = self.forward(ids[:, start : start + PREFILL_CHUNK_TOKENS], cache=cache)
+            assert cache is not None
+            return logits[:, -1].copy(), cache
+        ids, mask = self.pad(rows, side)
+        logits, cache = self.forward(ids, mask)
+        last = width - 1 - mask[:, ::-1].argmax(1)
+        return logits[np.arange(len(rows)), last], cache
+
+    def step(self, ids: Sequence[int] | Ids, cache: KvCache) -> tuple[Logits, KvCache]:
+        """Logits (B, V) float32 after one more token per row, `ids` (B,), and the cache that holds it too."""
+        logits, cache = self.forward(np.asarray(ids, np.int64)[:, None], cache=cache)
+        return logits[:, 0], cache
+
+    def pad(self, rows: Sequence[Sequence[int] | Ids], side: Side | None = None) -> tuple[Ids, npt.NDArray[np.bool_]]:
+        """The rows as one batch, ids (B, T) int64 and mask (B, T) bool, padded on `side`.
+
+        Raises:
+            EdgepruneError: if the bundle's graph does not take padding on that side.
+        """
+        side = side or ("right" if self.manifest.padding == "right" else "left")
+        if side == "left" and self.manifest.padding == "right":
+            raise EdgepruneError(
+                "left padding was asked for, but this bundle's graph computes left-padded batches wrongly; pad right"
+            )
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width), self.manifest.pad_token_id or 0, np.int64)
+        mask = np.zeros((len(rows), width), bool)
+        for index, row in enumerate(rows):
+            place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+            ids[index, place], mask[index, place] = row, True
+        return ids, mask
+
+    def forward(
+        self,
+        ids: Ids,
+        mask: npt.NDArray[np.bool_] | None = None,
+        cache: KvCache | None = None,
+        *,
+        out: Logits | None = None,
+    ) -> tuple[Logits, KvCache]:
+        """Logits (B, T, V) float32 of new tokens behind a cache, and the cache with them.
+
+        Args:
+            ids: (B, T) int64.
+            mask: (B, T) bool, False at padding; None means none is padding.
+            cache: What came before; None at the start.
+            out: A (B, T, V) float32 buffer, C-contiguous, to take the logits.
+
+        Raises:
+            EdgepruneError: if the context length is exceeded, or a token id is outside the vocabulary.
+        """
+        batch, width = ids.shape
+        past = cache.tokens if cache else 0
+        check_context(self.manifest, past + width)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.manifest.vocab_size:
+            raise EdgepruneError(
+                f"token id {int(ids.max())} is outside the bundle's vocabulary of {self.manifest.vocab_size}; "
+                "the tokens are of another tokenizer"
+            )
+        new = np.ones((batch, width), bool) if mask is None else mask
+        before = cache.mask if cache else np.zeros((batch, 0), bool)
+        full = self._full_mask(before, new)
+        feeds = {"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": full.astype(np.int64)}
+        if "position_ids" in self._inputs:
+            positions = before.sum(1, keepdims=True) + new.cumsum(1) - 1
+            feeds["position_ids"] = np.maximum(positions, 0).astype(np.int64)
+        logits, values = self._run(feeds, cache, out)
+        return logits, KvCache(values, full)
+
+    def _full_mask(self, before: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        if self.manifest.padding == "both":
+            return np.concatenate([before, new], axis=1)
+        lengths = new.sum(1)
+        is_ones_then_zeros = bool((new == (np.arange(new.shape[1]) < lengths[:, None])).all())
+        if not is_ones_then_zeros or (before.shape[1] and not new.all()):
+            raise EdgepruneError(
+                "this bundle's graph takes padding only behind the tokens of a first prompt; pad right"
+            )
+        filled: npt.NDArray[np.bool_] = np.arange(before.shape[1] + new.shape[1]) < (before.sum(1) + lengths)[:, None]
+        return filled
+
+    def _run(
+        self, feeds: dict[str, Ids], cache: KvCache | None, out: Logits | None
+    ) -> tuple[Logits, tuple["OrtValue", ...]]:
+        batch, width = feeds["input_ids"].shape
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        past = cache.values if cache else self._empty_past(batch)
+        for index, value in enumerate(past):
+            layer, part = divmod(index, 2)
+            binding.bind_ortvalue_input(f"past_key_values.{layer}.{'value' if part else 'key'}", value)
+        logits = out if out is not None else np.empty((batch, width, self.manifest.vocab_size), np.float32)
+        if logits.shape != (batch, width, self.manifest.vocab_size) or not logits.flags.c_contiguous:
+            raise ValueError(f"out has shape {logits.shape}, not that of the logits")
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        for layer in range(len(self.manifest.layers)):
+            binding.bind_output(f"present.{layer}.key", self._cache_device)
+            binding.bind_output(f"present.{layer}.value", self._cache_device)
+        try:
+            self.session.run_with_iobinding(binding)
+        except MemoryError as error:
+            raise OutOfMemoryError(f"not enough memory for {batch} x {width} tokens") from error
+        except ORT_ERRORS as error:
+            raise _ort_error(f"ONNX Runtime failed on {batch} x {width} tokens", error) from error
+        return logits, tuple(binding.get_outputs()[1:])
+
+    def _empty_past(self, batch: int) -> tuple["OrtValue", ...]:
+        shapes = [(batch, layer.kv_heads, 0, layer.head_dim) for layer in self.manifest.layers for _ in range(2)]
+        dtype = _DTYPES[self._inputs["past_key_values.0.key"]]
+        return tuple(onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(shape, dtype)) for shape in shapes)
+
+
+def check_context(manifest: Manifest, tokens: int) -> None:
+    """Do nothing if so many tokens fit the model's context.
+
+    Raises:
+        EdgepruneError: if they do not.
+    """
+    if tokens > manifest.context_tokens:
+        raise EdgepruneError(
+            f"{tokens} tokens were asked for, the model's context holds {manifest.context_tokens}; shorten the prompt"
+        )
+
+
+def _check_signature(bundle: Bundle, session: "InferenceSession") -> dict[str, str]:
+    """Input names and their ONNX types, once the graph's inputs and outputs are those that the manifest promises.
+
+    Raises:
+        EdgepruneError: naming the first input or output that differs.
+    """
+    found: dict[str, Sequence[int | str]] = {node.name: node.shape for node in session.get_inputs()}
+    manifest, graph = bundle.manifest, bundle.graph_path
+    cache_names = set()
+    for index, layer in enumerate(manifest.layers):
+        for part in ("key", "value"):
+            name = f"past_key_values.{index}.{part}"
+            cache_names.add(name)
+            shape = found.get(name)
+            if shape is None or len(shape) != 4 or [shape[1], shape[3]] != [layer.kv_heads, layer.head_dim]:
+                has = "no input" if shape is None else f"shape {list(shape)} for"
+                raise EdgepruneError(
+                    f"{graph} has {has} {name}; the manifest states {layer.kv_heads} KV heads of {layer.head_dim} "
+                    "for that layer; make the bundle again"
+                )
+    plain = {"input_ids", "attention_mask"}
+    wrong = sorted((plain | cache_names) - found.keys()) or sorted(
+        found.keys() - plain - cache_names - {"position_ids"}
+    )
+    if wrong:
+        raise EdgepruneError(f"{graph} and the manifest disagree on input {wrong[0]!r}; make the bundle again")
+    outputs = {node.name: node for node in session.get_outputs()}
+    wanted = {"logits"} | {name.replace("past_key_values", "present") for name in cache_names}
+    if missing := sorted(wanted - outputs.keys()):
+        raise EdgepruneError(f"{graph} has no output {missing[0]!r}; make the bundle again")
+    vocab = outputs["logits"].shape[-1]
+    if outputs["logits"].type != "tensor(float)" or (isinstance(vocab, int) and vocab != manifest.vocab_size):
+        raise EdgepruneError(
+            f"{graph} gives logits {outputs['logits'].type} of width {vocab}; "
+            f"tensor(float) of {manifest.vocab_size} was expected"
+        )
+    types = {node.name: node.type for node in session.get_inputs()}
+    if (dtype := types["past_key_values.0.key"]) not in _DTYPES:
+        raise EdgepruneError(f"{graph} keeps its KV cache as {dtype}; one of {', '.join(_DTYPES)} was expected")
+    return types
+
+
+def _ort_error(what: str, error: Exception) -> EdgepruneError:
+    reason = " ".join(str(error).split())
+    if "bad_alloc" in reason or "Failed to allocate" in reason or "Cannot allocate memory" in reason:
+        return OutOfMemoryError(f"not enough memory: {what} ({reason[:200]})")
+    return EdgepruneError(f"{what}: {reason[:400]}; copy or make the bundle again")

@@ -1,0 +1,298 @@
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from cuts import decode, groups_of, prefill, random_keep, some_ids, uniform_keep
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import edgeprune
+from edgeprune import checkpoint
+from edgeprune.checkpoint import SavedCheckpoint, load_pruned, save
+from edgeprune.groups import layer_widths
+from edgeprune.plan import PrunePlan
+from edgeprune.shrink import shrink
+from edgeprune_runtime.errors import EdgepruneError
+
+REMOTE_CODE_SCRIPT = Path(__file__).with_name("remote_code_script.py")
+
+
+def cut_and_save(model: Any, keep: dict[str, list[int]], out: Path, **options: Any) -> SavedCheckpoint:
+    groups = groups_of(model)
+    widths = layer_widths(groups, keep)
+    shrink(model, groups, keep)
+    return save(model, None, None, widths, out, **options)
+
+
+def per_layer(name: str, out: Path) -> Any:
+    model = toys.toy(name)
+    saved = cut_and_save(model, random_keep(groups_of(model), seed=1), out)
+    assert saved.form == "per-layer"
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def assert_same_model(model: Any, copy: Any) -> None:
+    expected, found = model.state_dict(), copy.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    ids = some_ids(model)
+    torch.testing.assert_close(prefill(copy, ids), prefill(model, ids), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(decode(copy, ids, 3), decode(model, ids, 3), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", toys.NAMES)
+def test_per_layer_reload_equals_the_cut(name: str, tmp_path: Path) -> None:
+    model = per_layer(name, tmp_path / "out")
+    copy = edgeprune.load_pruned(tmp_path / "out")
+    assert_same_model(model, copy)
+    assert layer_widths(groups_of(copy), {}) == layer_widths(groups_of(model), {})
+    ids = some_ids(model, batch=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(copy.generate(ids, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", toys.NAMES)
+def test_uniform_reload_by_stock_transformers_equals_the_cut(name: str, tmp_path: Path) -> None:
+    model = toys.toy(name)
+    saved = cut_and_save(model, uniform_keep(groups_of(model), kv_heads=2, share=1, channels=32), tmp_path / "out")
+    assert (saved.form, saved.notes) == ("uniform", ())
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert_same_model(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert_same_model(model, load_pruned(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == 8
+
+
+@pytest.mark.parametrize("name", toys.NAMES)
+def test_stock_transformers_refuses_a_per_layer_folder(name: str, tmp_path: Path) -> None:
+    per_layer(name, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # A config that may be read is what AutoTokenizer needs to work in such a folder.
+    assert AutoConfig.from_pretrained(tmp_path / "out").is_heterogeneous
+
+
+def test_per_layer_folders_load_without_edgeprune(tmp_path: Path) -> None:
+    """One process that cannot import edgeprune loads every type by trust_remote_code and computes the same."""
+    for name in toys.NAMES:
+        model = per_layer(name, tmp_path / name)
+        ids = some_ids(model)
+        tokens = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        expected = {"ids": ids, "logits": prefill(model, ids), "steps": decode(model, ids, 3), "tokens": tokens}
+        save_file(expected, tmp_path / f"{name}.expected")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(REMOTE_CODE_SCRIPT), str(tmp_path), *toys.NAMES],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == toys.NAMES
+
+
+def test_llama_that_stock_llama_refuses_is_saved_as_mistral(tmp_path: Path) -> None:
+    model = toys.toy("llama", num_attention_heads=6, num_key_value_heads=6, head_dim=16)
+    saved = cut_and_save(model, uniform_keep(groups_of(model), kv_heads=5, share=1, channels=32), tmp_path / "out")
+    assert (saved.form, saved.model_type) == ("uniform", "mistral")
+    assert "mistral" in saved.notes[0]
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert copy.config.sliding_window is None
+    assert_same_model(model, copy)
+
+
+def test_llama_with_biases_has_no_stand_in(tmp_path: Path) -> None:
+    model = toys.toy("llama-bias", num_attention_heads=6, num_key_value_heads=6)
+    saved = cut_and_save(model, uniform_keep(groups_of(model), kv_heads=5, share=1, channels=32), tmp_path / "out")
+    assert (saved.form, saved.model_type) == ("per-layer", "llama")
+    assert "refuses 5 heads" in saved.notes[0]
+    assert_same_model(model, load_pruned(tmp_path / "out"))
+
+
+def test_notes_reach_the_plan(tmp_path: Path, plan: PrunePlan) -> None:
+    model = toys.toy("llama", num_attention_heads=6, num_key_value_heads=6)
+    groups = groups_of(model)
+    keep = uniform_keep(groups, kv_heads=5, share=1, channels=32)
+    shrink(model, groups, keep)
+    plan = dataclasses.replace(plan, notes=("first",))
+    saved = save(model, None, plan, layer_widths(groups, keep), tmp_path / "out")
+    assert PrunePlan.load(tmp_path / "out") == dataclasses.replace(plan, notes=("first", *saved.notes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = toys.toy("llama").to(dtype)
+    cut_and_save(model, random_keep(groups_of(model), seed=2), tmp_path / "out")
+    copy = load_pruned(tmp_path / "out", dtype)
+    assert copy.dtype == dtype
+    assert all(torch.equal(copy.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    per_layer("qwen2", tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
+    copy = load_pruned(tmp_path / "out")
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+
+
+def test_folder_and_files_are_readable_by_others(tmp_path: Path) -> None:
+    per_layer("llama", tmp_path / "out")
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {usual}
+
+
+def test_the_folder_code_is_never_run_by_load_pruned(tmp_path: Path) -> None:
+    model = per_layer("llama", tmp_path / "out")
+    (tmp_path / "out/modeling_edgeprune.py").write_text("raise SystemExit('foreign code ran')")
+    assert_same_model(model, load_pruned(tmp_path / "out"))
+
+
+def test_saved_by_transformers_a_loaded_model_loads_again(tmp_path: Path) -> None:
+    per_layer("llama", tmp_path / "out")
+    model = load_pruned(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    assert_same_model(model, load_pruned(tmp_path / "again"))
+
+
+def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
+    per_layer("llama", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(EdgepruneError, match="--force"):
+        per_layer("qwen2", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    model = toys.toy("qwen2")
+    cut_and_save(model, random_keep(groups_of(model), 1), tmp_path / "out", force=True)
+    assert_same_model(model, load_pruned(tmp_path / "out"))
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_does_not_replace_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("precious")
+    model = toys.toy("llama")
+    with pytest.raises(EdgepruneError, match="not a checkpoint folder"):
+        cut_and_save(model, {}, tmp_path / "home", force=True)
+    assert contents(tmp_path / "home") == {"thesis.txt": b"precious"}
+
+
+def fill_disk_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def fill_disk_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+
+
+def fill_disk_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_config", full)
+
+
+@pytest.mark.parametrize("fill", [fill_disk_early, fill_disk_in_safetensors, fill_disk_in_python])
+def test_a_full_disk_leaves_the_earlier_folder(fill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    per_layer("llama", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    fill(monkeypatch)
+    model = toys.toy("llama")
+    with pytest.raises(EdgepruneError, match="no disk space left"):
+        cut_and_save(model, {}, tmp_path / "out", force=True)
+    assert contents(tmp_path / "out") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_difference", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        per_layer("llama", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_differs_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(tensors: dict[str, torch.Tensor], file: Path, **options: Any) -> None:
+        spoilt = {name: tensor.clone() for name, tensor in tensors.items()}
+        spoilt["model.norm.weight"][0] += 1e-6
+        save_file(spoilt, file, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", spoil)
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
+        per_layer("llama", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_finite_weights_are_not_saved(tmp_path: Path) -> None:
+    model = toys.toy("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(EdgepruneError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        cut_and_save(model, {}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_finite_weights_are_finite() -> None:
+    model = toys.toy("llama").to(torch.float16)
+    model.lm_head.weight.data.fill_(6e4)  # their sum overflows
+    checkpoint.check_finite("model", model)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"0": {"intermediate_size": 0}}, "not a positive whole number"),
+        ({"0": {"intermediate_size": 1e9}}, "not a positive whole number"),
+        ({"0": {"intermediate_size": 10**15}}, "do not belong together"),
+        ({"0": {"num_attention_heads": 5}}, "no multiple"),
+        ({"0": {"hidden_act": "relu"}}, "not understood"),
+        ({"7": {"intermediate_size": 8}}, "describes no llama model"),
+        ({"x": {"intermediate_size": 8}}, "not understood"),
+        ([1, 2], "no JSON object"),
+    ],
+)  # fmt: skip
+def test_hostile_per_layer_config(layers: Any, message: str, tmp_path: Path) -> None:
+    per_layer("llama", tmp_path / "out")
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"per_layer_config": layers}))
+    with pytest.raises(EdgepruneError, match=message):
+        load_pruned(tmp_path / "out")
+
+
+def test_a_real_model_with_its_tokenizer(stories260k: Path, tmp_path: Path) -> None:
+    model = load_pruned(stories260k)
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    groups = groups_of(model)
+    keep = random_keep(groups, seed=1)
+    shrink(model, groups, keep)
+    save(model, tokenizer, None, layer_widths(groups, keep), tmp_path / "out")
+    copy = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert copy("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids
+    assert "local_files_only" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+
+
+@pytest.fixture
+def plan() -> PrunePlan:
+    return PrunePlan(
+        model="toy", model_type="llama", method="magnitude", allocation="uniform", refit="none", ratio_asked=0.2,
+        ratio_reached=0.2, parameters_before=10, parameters_after=8, block_parameters_before=5,
+        block_parameters_after=3,
+        align=1, seed=0, dtype="float32", calibration=None, edgeprune_version="0", keep={"layers.0.heads": (0, 2)},
+        units={"layers.0.heads": 4},
+    )  # fmt: skip

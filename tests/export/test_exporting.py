@@ -1,0 +1,172 @@
+"""A bundle appears whole and proven, or not at all."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exported import pruned
+from typer.testing import CliRunner
+
+from edgeprune.checkpoint import load_pruned
+from edgeprune.cli import app
+from edgeprune_export import exporting
+from edgeprune_export.exporting import export
+from edgeprune_export.reference import continue_greedily
+from edgeprune_runtime.bundle import GENAI_CONFIG_FILE, MANIFEST_FILE, open_bundle
+from edgeprune_runtime.errors import EdgepruneError, GateError
+from edgeprune_runtime.validate import validate
+
+PROMPT = list(range(20, 44))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "toy"
+    pruned(folder, "llama", head_dim=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    out = checkpoint.with_name("bundle")
+    export(checkpoint, out, name="a toy")
+    return out
+
+
+def names_beside(folder: Path) -> set[str]:
+    return {path.name for path in folder.parent.iterdir()}
+
+
+def test_bundle_opens_and_validates_without_torch_code(bundle: Path) -> None:
+    opened = open_bundle(bundle, verify=True)
+    assert opened.manifest.model.name == "a toy"
+    assert opened.manifest.padding == "both"
+    assert len({layer.kv_heads for layer in opened.manifest.layers}) > 1
+    assert opened.variant.parity["max_abs_error"] <= opened.variant.tolerance
+    validate(opened, threads=1).ensure_passed()
+
+
+def test_bundle_works_after_it_was_moved(bundle: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(bundle, moved)
+    validate(open_bundle(moved, verify=True), threads=1).ensure_passed()
+
+
+def test_configs_name_the_external_data_and_no_code(bundle: Path) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 1}
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config
+    assert config["head_dim"] == 16
+    assert not list(bundle.rglob("*.py"))
+
+
+def test_manifest_counts_what_the_checkpoint_holds(bundle: Path, checkpoint: Path) -> None:
+    model = load_pruned(checkpoint)
+    manifest = open_bundle(bundle).manifest
+    assert manifest.parameters.all == sum(parameter.numel() for parameter in model.parameters())
+    assert set(manifest.files) == {
+        path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()
+    } - {MANIFEST_FILE}
+
+
+def test_existing_output_is_refused_and_replaced_only_by_force(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(bundle, out)
+    with pytest.raises(EdgepruneError, match="--force"):
+        export(checkpoint, out)
+    export(checkpoint, out, force=True, name="second")
+    assert open_bundle(out, verify=True).manifest.model.name == "second"
+    assert names_beside(out) == {"bundle"}
+
+
+def test_force_replaces_nothing_but_a_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(EdgepruneError, match="not a bundle"):
+        export(checkpoint, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_failed_gate_writes_nothing_and_keeps_the_old_bundle(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(bundle, out)
+    before = (out / MANIFEST_FILE).read_bytes()
+    with pytest.raises(GateError):
+        export(checkpoint, out, force=True, tolerance=1e-9)
+    assert (out / MANIFEST_FILE).read_bytes() == before
+    assert names_beside(out) == {"bundle"}
+
+
+def test_full_disk_is_said_before_writing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage(100, 99, 1))
+    with pytest.raises(EdgepruneError, match="no disk space left"):
+        export(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_that_fills_up_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting.ir, "save", full)
+    with pytest.raises(EdgepruneError, match="no disk space left"):
+        export(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_without_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    (tmp_path / "toy" / "tokenizer.json").unlink()
+    with pytest.raises(EdgepruneError, match=r"no tokenizer\.json"):
+        export(tmp_path / "toy", tmp_path / "out")
+
+
+def test_command_writes_a_bundle_and_says_what_to_do_next(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    result = CliRunner().invoke(app, ["export", str(checkpoint), "-o", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["bundle"] == str(out)
+    assert f"edgeprune run {out}" in result.stderr
+    open_bundle(out, verify=True)
+
+
+def test_command_refuses_an_unknown_graph_source(checkpoint: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["export", str(checkpoint), "-o", str(tmp_path / "out"), "--graph-source", "magic"]
+    )
+    assert isinstance(result.exception, EdgepruneError)
+    assert "auto, decoder, traced" in str(result.exception)
+
+
+def test_really_trained_model_exports_and_validates(stories260k: Path, tmp_path: Path) -> None:
+    manifest = export(stories260k, tmp_path / "bundle")
+    assert manifest.plan is None
+    validate(open_bundle(tmp_path / "bundle"), threads=1).ensure_passed()
+
+
+@pytest.mark.parametrize("share_buffer", [True, False])
+def test_onnxruntime_genai_finds_the_same_tokens(
+    checkpoint: Path, bundle: Path, tmp_path: Path, share_buffer: bool
+) -> None:
+    og: Any = pytest.importorskip("onnxruntime_genai", reason="needs the extra 'genai'")
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    config = json.loads((folder / GENAI_CONFIG_FILE).read_text())
+    config["search"]["past_present_share_buffer"] = share_buffer
+    (folder / GENAI_CONFIG_FILE).write_text(json.dumps(config))
+    expected = continue_greedily(load_pruned(checkpoint), PROMPT, 16)
+    if 2 in expected:  # genai stops at the end-of-text token
+        expected = expected[: expected.index(2) + 1]
+    model = og.Model(str(folder))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(PROMPT) + len(expected), do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(PROMPT)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert generator.get_sequence(0)[len(PROMPT) :].tolist() == expected

@@ -1,0 +1,143 @@
+"""The gate closes on the mistakes that exporters make; each control breaks one thing in a graph that was right."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from exported import SAMPLE, decoder_graph, pruned
+from onnx_ir.tape import Tape
+
+from edgeprune_export import interface
+from edgeprune_export.parity import check_parity
+from edgeprune_runtime.errors import EdgepruneError, GateError
+
+HEAD_DIM = 16
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@pytest.fixture(scope="module")
+def model_and_graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("parity")
+    model = pruned(folder / "model", "llama", head_dim=HEAD_DIM, num_attention_heads=12, num_key_value_heads=6)
+    return model, decoder_graph(folder / "model", folder)
+
+
+@pytest.fixture
+def graph(model_and_graph: tuple[Any, Path], tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    source = model_and_graph[1]
+    for file in (source, source.with_name("model.onnx_data")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path / source.name
+
+
+def edit_weight(graph: Path, name: str, change: Callable[[Array], Array]) -> None:
+    tensor = ir.load(graph).graph.initializers[name].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    stored = np.memmap(
+        graph.with_name("model.onnx_data"), np.float32, "r+", tensor.offset or 0, tuple(tensor.shape.numpy())
+    )
+    changed = change(np.array(stored))
+    assert not np.array_equal(changed, stored)
+    stored[:] = changed
+    stored.flush()
+
+
+def refused(model: Any, graph: Path, why: str = "parity of model.onnx failed") -> None:
+    with pytest.raises(GateError, match=why):
+        check_parity(model, graph, SAMPLE, threads=1)
+
+
+def test_right_graph_passes_with_figures(model_and_graph: tuple[Any, Path]) -> None:
+    model, graph = model_and_graph
+    result = check_parity(model, graph, SAMPLE, threads=1)
+    assert result.max_abs_error < 1e-4
+    assert 0 <= result.mean_kl <= result.p99_kl < 1e-6
+    assert result.greedy_agreement == result.greedy_tokens > 0
+    assert result.positions > 300
+
+
+def test_swapped_query_heads_are_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    def swap(weight: Array) -> Array:
+        heads = weight.reshape(weight.shape[0], -1, HEAD_DIM)
+        heads[:, [0, 1]] = heads[:, [1, 0]]
+        return weight
+
+    model = model_and_graph[0]
+    # Two heads of one KV group may change places if o_proj follows; here it does not.
+    edit_weight(graph, "model.layers.1.self_attn.qkv_proj.weight", swap)
+    refused(model, graph)
+
+
+# Shifting both tables by a position would shift all positions alike, which rotary embeddings do not see.
+def test_rotary_table_shifted_by_one_is_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    edit_weight(graph, "rotary.cos", lambda table: np.roll(table, 1, axis=0))
+    refused(model_and_graph[0], graph)
+
+
+@pytest.mark.parametrize("part", interface.PARTS)
+def test_stale_kv_dimension_is_refused(model_and_graph: tuple[Any, Path], graph: Path, part: str) -> None:
+    broken = ir.load(graph)
+    value = next(value for value in broken.graph.inputs if value.name == interface.past_name(1, part))
+    assert value.shape is not None
+    heads = value.shape[1]
+    assert isinstance(heads, int)
+    value.shape = ir.Shape([value.shape[0], heads + 1, *list(value.shape)[2:]])
+    ir.save(broken, graph)
+    refused(model_and_graph[0], graph, "shapes")
+
+
+def test_last_slot_off_by_one_is_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    broken = ir.load(graph)
+    broken.graph.initializers["one_i32"].const_value = ir.tensor(np.array([2], np.int32), name="one_i32")
+    ir.save(broken, graph)
+    refused(model_and_graph[0], graph)
+
+
+@pytest.mark.parametrize("reader", ["mask/present", "positions/seen"])
+def test_attention_mask_off_by_one_is_refused(model_and_graph: tuple[Any, Path], graph: Path, reader: str) -> None:
+    broken = ir.load(graph)
+    mask = next(value for value in broken.graph.inputs if value.name == "attention_mask")
+    node = next(node for node in broken.graph if node.name == reader)
+    tape = Tape()
+    bounds = {
+        name: tape.initializer(ir.tensor(np.array([number], np.int64), name=name))
+        for name, number in {"from0": 0, "from1": 1, "until": 2**62}.items()
+    }
+    rest = tape.op("Slice", [mask, bounds["from1"], bounds["until"], bounds["from1"]])
+    first = tape.op("Slice", [mask, bounds["from0"], bounds["from1"], bounds["from1"]])
+    rolled = tape.op("Concat", [rest, first], {"axis": 1})
+    for value in tape.initializers:
+        broken.graph.register_initializer(value)
+    broken.graph.insert_before(node, tape.nodes)
+    node.replace_input_with(0, rolled)
+    ir.save(broken, graph)
+    refused(model_and_graph[0], graph)
+
+
+def test_missing_input_is_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    broken = ir.load(graph)
+    value = next(value for value in broken.graph.inputs if value.name == "attention_mask")
+    value.name = "mask"
+    ir.save(broken, graph)
+    refused(model_and_graph[0], graph, "contract")
+
+
+def test_values_that_are_not_numbers_are_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    edit_weight(graph, "model.norm.weight", lambda weight: np.full_like(weight, np.nan))
+    refused(model_and_graph[0], graph)
+
+
+def test_too_little_text_is_refused(model_and_graph: tuple[Any, Path]) -> None:
+    model, graph = model_and_graph
+    with pytest.raises(EdgepruneError, match="sample text has 3 tokens"):
+        check_parity(model, graph, [[1, 2, 3]])
+
+
+def test_tolerance_decides(model_and_graph: tuple[Any, Path]) -> None:
+    model, graph = model_and_graph
+    with pytest.raises(GateError, match=r"tolerance 1e-08"):
+        check_parity(model, graph, SAMPLE, tolerance=1e-8, threads=1)

@@ -1,0 +1,148 @@
+"""Cached decoding equals one full forward, batches equal their rows alone, and what the graph cannot do is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from tiny_bundle import CONTEXT, GRAPH, edit_manifest, record
+
+from edgeprune_runtime.bundle import Manifest, open_bundle
+from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, Decoder, Side, make_session
+
+ATOL = 1e-4
+ROWS = [list(range(5, 25)), list(range(40, 47)), [9]]
+
+
+@pytest.fixture(scope="module")
+def both(both_folder: Path) -> Decoder:
+    return Decoder(open_bundle(both_folder), threads=1)
+
+
+@pytest.fixture(scope="module")
+def right(right_folder: Path) -> Decoder:
+    return Decoder(open_bundle(right_folder), threads=1)
+
+
+@pytest.mark.parametrize("split", [1, 7, 19])
+def test_cached_decoding_equals_full_forward(both: Decoder, right: Decoder, split: int) -> None:
+    for decoder in (both, right):
+        ids = np.array([ROWS[0]])
+        full, _ = decoder.forward(ids)
+        logits, cache = decoder.prefill([ids[0, :split]])
+        np.testing.assert_allclose(logits, full[:, split - 1], atol=ATOL)
+        for index in range(split, ids.shape[1]):
+            logits, cache = decoder.step(ids[:, index], cache)
+            np.testing.assert_allclose(logits, full[:, index], atol=ATOL)
+
+
+@pytest.mark.parametrize(("padding", "side"), [("both", "left"), ("both", "right"), ("right", "right")])
+def test_rows_of_a_padded_batch_equal_rows_alone(both: Decoder, right: Decoder, padding: str, side: Side) -> None:
+    decoder = both if padding == "both" else right
+    batch, cache = decoder.prefill(ROWS, side=side)
+    alone = [decoder.prefill([row]) for row in ROWS]
+    for token in (3, 77, 200):
+        np.testing.assert_allclose(batch, np.concatenate([logits for logits, _ in alone]), atol=ATOL)
+        batch, cache = decoder.step([token] * len(ROWS), cache)
+        alone = [decoder.step([token], past) for _, past in alone]
+    np.testing.assert_allclose(batch, np.concatenate([logits for logits, _ in alone]), atol=ATOL)
+
+
+def test_left_padding_is_refused_where_the_graph_is_wrong_with_it(right: Decoder) -> None:
+    with pytest.raises(EdgepruneError, match="computes left-padded batches wrongly"):
+        right.prefill(ROWS, side="left")
+    ids, mask = right.pad(ROWS)
+    with pytest.raises(EdgepruneError, match="only behind the tokens"):
+        right.forward(ids[:, ::-1].copy(), mask[:, ::-1].copy())
+    _, cache = right.forward(ids, mask)
+    with pytest.raises(EdgepruneError, match="only behind the tokens"):
+        right.forward(ids, mask, cache)
+
+
+def test_long_prompt_goes_in_by_pieces(both: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PREFILL_CHUNK_TOKENS > 20
+    whole, _ = both.prefill([ROWS[0]])
+    monkeypatch.setattr("edgeprune_runtime.session.PREFILL_CHUNK_TOKENS", 6)
+    pieces, cache = both.prefill([ROWS[0]])
+    np.testing.assert_allclose(pieces, whole, atol=ATOL)
+    assert cache.tokens == len(ROWS[0])
+
+
+def test_context_is_not_exceeded(both: Decoder) -> None:
+    _, cache = both.prefill([[1] * CONTEXT])
+    with pytest.raises(EdgepruneError, match=f"{CONTEXT + 1} tokens were asked for"):
+        both.step([1], cache)
+    with pytest.raises(EdgepruneError, match="shorten the prompt"):
+        both.prefill([[1] * (CONTEXT + 1)])
+
+
+def test_bad_tokens_are_refused(both: Decoder) -> None:
+    with pytest.raises(EdgepruneError, match="outside the bundle's vocabulary"):
+        both.prefill([[10**6]])
+    with pytest.raises(EdgepruneError, match="outside the bundle's vocabulary"):
+        both.prefill([[-1]])
+    with pytest.raises(EdgepruneError, match="no tokens"):
+        both.prefill([[]])
+
+
+def test_provider_that_is_not_here_is_named(both_folder: Path) -> None:
+    graph = both_folder / GRAPH
+    with pytest.raises(EdgepruneError, match="unknown provider 'gpu'; known: cpu"):
+        make_session(graph, provider="gpu")
+    if "QNNExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(EdgepruneError, match=r"has no provider 'qnn', it has .*cpu"):
+            make_session(graph, provider="qnn")
+
+
+def test_fall_back_of_a_provider_is_not_silent(both_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with (
+        pytest.warns(UserWarning, match="not in available provider"),
+        pytest.raises(EdgepruneError, match=r"could not be started|cannot load"),
+    ):
+        make_session(both_folder / GRAPH, provider="cuda")
+
+
+def test_provider_that_takes_no_node_is_refused(both_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune_runtime.session.nodes_by_provider", lambda _: {"OtherExecutionProvider": 9})
+    with pytest.raises(EdgepruneError, match="takes no node"):
+        make_session(both_folder / GRAPH)
+
+
+def test_stale_kv_shapes_are_refused(folder: Path) -> None:
+    layers = json.loads((folder / "edgeprune.json").read_text())["layers"]
+    layers[1]["kv_heads"] = 3
+    edit_manifest(folder, layers=layers)
+    with pytest.raises(EdgepruneError, match=r"shape .* for past_key_values.1.key; the manifest states 3 KV heads"):
+        Decoder(open_bundle(folder))
+    edit_manifest(folder, layers=layers[:1])
+    with pytest.raises(EdgepruneError, match=r"disagree on input 'past_key_values\.1\.key'"):
+        Decoder(open_bundle(folder))
+
+
+@pytest.mark.parametrize("location", ["../outside.bin", "/etc/hostname"])
+def test_external_data_outside_the_folder_is_refused(folder: Path, location: str) -> None:
+    (folder.parent / "outside.bin").write_bytes(bytes(1 << 16))
+    (folder / "outside.bin").write_bytes(bytes(1 << 16))
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / GRAPH).write_bytes(model.SerializeToString())
+    record(folder, Manifest.load(folder))
+    with pytest.raises(EdgepruneError, match="cannot load"):
+        Decoder(open_bundle(folder, verify=True))
+
+
+def test_corrupted_graph_is_one_line(folder: Path) -> None:
+    (folder / GRAPH).write_bytes(b"\x00" * 100)
+    record(folder, Manifest.load(folder))
+    with pytest.raises(EdgepruneError, match="ONNX Runtime cannot load") as error:
+        Decoder(open_bundle(folder))
+    assert "\n" not in str(error.value)
