@@ -23,7 +23,7 @@ $(DEMO)/report.md: | $(VENV)/.compress
 	$(BIN)/edgeprune compress smollm2-135m --ratio 0.2 -o $(DEMO)
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not gpu"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 -m "not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -7,12 +7,13 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from edgeprune import plugins
-from edgeprune.budget import Layer, Problem
+from edgeprune.budget import Heads, Layer, Problem
 from edgeprune.calibration import Calibration
 from edgeprune.configs import architecture
 from edgeprune.groups import Group, Keep, check_keep, kept
@@ -42,6 +43,8 @@ class Settings:
         align: kept channel counts are multiples of it.
         min_channels: no MLP keeps fewer channels.
         gradient_sequences: how many calibration sequences the loss gradients see.
+        heads: how heads compete with channels: "auto" by lost score, "even" by giving the same share (the papers' way),
+            "keep" not at all.
     """
 
     ratio: float
@@ -50,7 +53,8 @@ class Settings:
     refit: bool = True
     align: int = 32
     min_channels: int = 64
-    gradient_sequences: int = 32
+    gradient_sequences: int = 48
+    heads: Heads = "auto"
 
     def check(self) -> None:
         """Check everything that needs no model.
@@ -65,6 +69,8 @@ class Settings:
                 f"{self.gradient_sequences} "
                 "must all be at least 1"
             )
+        if self.heads not in get_args(Heads):
+            raise EdgepruneError(f"unknown --heads {self.heads!r}; expected {', '.join(get_args(Heads))}")
         Method.parse(self.method)
         plugins.find("allocation", self.allocation.partition(":")[0], "allocation")
 
@@ -173,6 +179,12 @@ def allocate(
     return keep
 
 
+def _columns(group: Group, units: torch.Tensor) -> torch.Tensor:
+    """Input columns of the reading Linear that belong to these units, int64."""
+    slot = group.inner
+    return slot.start + (units[:, None] * slot.size + torch.arange(slot.size)).reshape(-1)
+
+
 def make_problem(
     model: PreTrainedModel, groups: Sequence[Group], scores: Mapping[str, torch.Tensor], settings: Settings
 ) -> Problem:
@@ -182,9 +194,10 @@ def make_problem(
     layers = []
     for _, members in itertools.groupby(groups, lambda group: group.layer):
         by_kind = {group.kind: group for group in members}
-        layers.append(Layer(by_kind["kv_heads"], by_kind["heads"], by_kind["channels"], scores, costs))
+        parts = by_kind["kv_heads"], by_kind["heads"], by_kind["channels"]
+        layers.append(Layer(*parts, scores, costs, keeps_heads=settings.heads == "keep"))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Problem(layers, round(settings.ratio * total), settings.align, settings.min_channels)
+    return Problem(layers, round(settings.ratio * total), settings.align, settings.min_channels, settings.heads)
 
 
 def apply_plan(
@@ -215,8 +228,7 @@ def _refit_group(model: PreTrainedModel, group: Group, keep: Keep, moments: Mapp
     slot = group.inner
     weight = model.get_submodule(slot.module).weight
     assert isinstance(weight, torch.Tensor)
-    units = torch.tensor(kept(keep, group))
-    columns = slot.start + (units[:, None] * slot.size + torch.arange(slot.size)).reshape(-1)
+    columns = _columns(group, torch.tensor(kept(keep, group)))
     with torch.no_grad():
         fitted = refit(weight, moments[slot.module], columns)
         error = output_error(weight, moments[slot.module], columns, fitted)

@@ -31,6 +31,9 @@ Progress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096
 """Tokens of one forward step: enough to keep the matrix units busy, few enough for one block's activations."""
 
+SAMPLES = 8
+"""A method that looks at samples sees the sequences in so many parts at least: enough to estimate a variance."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -91,7 +94,7 @@ class Method:
 
     @property
     def sampled(self) -> tuple[str, ...]:
-        """Methods whose scores of every single sample this method reads."""
+        """Methods whose scores of single samples this method reads."""
         names: tuple[str, ...] = self.module.sampled(self.argument) if hasattr(self.module, "sampled") else ()
         return names
 
@@ -225,20 +228,24 @@ class BlockWalk:
         groups = self.groups[layer]
         weights = {s.module: _weight(self.model, s) for group in groups for s in group.slots}
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        per_sample = "fisher" in method.needs or bool(method.sampled)
-        squares = {name: torch.zeros_like(weight) for name, weight in weights.items()} if per_sample else {}
+        wants_squares = "fisher" in method.needs
+        if wants_squares:
+            step = 1  # F needs the gradient of every single sequence
+        else:
+            step = min(self._batch, max(1, len(hidden) // SAMPLES)) if method.sampled else self._batch
+        squares = {name: torch.zeros_like(weight) for name, weight in weights.items()} if wants_squares else {}
         samplers = [Method.parse(name) for name in method.sampled]
         samples: dict[str, dict[str, list[torch.Tensor]]] = {g.name: {m.name: [] for m in samplers} for g in groups}
         incoming = torch.empty_like(gradient)
         with _gradients_for(self.model, weights.values()):
-            for rows in torch.arange(len(hidden)).split(1 if per_sample else self._batch):
+            for rows in torch.arange(len(hidden)).split(step):
                 x = hidden[rows].float().requires_grad_()
                 y = self._call(layer, x).float()
                 found = torch.autograd.grad(y, [x, *weights.values()], gradient[rows])
                 incoming[rows] = found[0]
                 for name, of_weight in zip(weights, found[1:], strict=True):
                     sums[name] += of_weight
-                    if per_sample:
+                    if wants_squares:
                         # the loss is a mean over S samples; F wants the gradient of each sample's own mean loss
                         squares[name] += (of_weight * len(hidden)).square() / len(hidden)
                 if samplers:

@@ -20,6 +20,8 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
     Raises:
         EdgepruneError: if the argument is not a share between 0 and 1.
     """
+    if problem.heads == "even":
+        raise EdgepruneError("--heads even has no meaning under --allocation global; expected auto or keep")
     largest = _share(argument)
     cut: Cut = {i: (layer.attention_choices[0], layer.channels.units) for i, layer in enumerate(problem.layers)}
     heap: list[tuple[float, int, str]] = []

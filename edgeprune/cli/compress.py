@@ -1,11 +1,12 @@
 """`edgeprune compress`: from a model to a smaller ONNX bundle and a verdict, read from top to bottom in `_compress`."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,12 +15,21 @@ from edgeprune.cli.extras import need
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from edgeprune.budget import Heads
     from edgeprune.calibration import Calibration
+    from edgeprune_runtime.bench import BenchResult
     from edgeprune_runtime.perplexity import Perplexity
-    from edgeprune_runtime.report import Report
+    from edgeprune_runtime.report import Report, Verdict
+    from edgeprune_runtime.text import Text
 
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
+DTYPES = ("auto", "float32", "bfloat16")
+FLOAT32_BYTES = 4
+SPARE_BYTES = 128 << 20
+"""Room for the graphs, tokenizers, golden data and reports beside the weights."""
+PRUNING, CALIBRATING, MEASURING = "How to prune", "Calibration text", "Checks at the end"
 HELD_OUT_SHARE = 8
 """One of so many calibration sequences is held out to measure perplexity on when no --eval-text is given."""
 
@@ -34,6 +44,7 @@ class Options:
     method: str
     allocation: str
     refit: bool
+    heads: str
     align: int
     min_channels: int
     calibration: str | None
@@ -74,58 +85,104 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="Importance: fusion[:attention|inverse-variance|SHARE], taylor-fine, wanda-sp, magnitude ..."
+            help="Importance: fusion[:attention|inverse-variance|SHARE], taylor-fine, wanda-sp, magnitude ...",
+            rich_help_panel=PRUNING,
         ),
     ] = "fusion",
     allocation: Annotated[
-        str, typer.Option(help="Widths over the layers: protect[:FIRST,LAST], global[:SHARE], uniform[:mixed].")
+        str,
+        typer.Option(
+            help="Widths over the layers: protect[:FIRST,LAST], global[:SHARE], uniform[:mixed].",
+            rich_help_panel=PRUNING,
+        ),
     ] = "protect",
-    refit: Annotated[bool, typer.Option(help="Refit o_proj and down_proj by least squares.")] = True,
-    align: Annotated[int, typer.Option(help="Kept channel counts are multiples of this.")] = 32,
-    min_channels: Annotated[int, typer.Option(help="Channels that every MLP keeps.")] = 64,
+    refit: Annotated[
+        bool, typer.Option(help="Refit o_proj and down_proj by least squares.", rich_help_panel=PRUNING)
+    ] = True,
+    heads: Annotated[
+        str,
+        typer.Option(
+            help="Heads against channels: auto (by lost score), even (the same share of both), keep (no head).",
+            rich_help_panel=PRUNING,
+        ),
+    ] = "auto",
+    align: Annotated[
+        int, typer.Option(help="Kept channel counts are multiples of this.", rich_help_panel=PRUNING)
+    ] = 32,
+    min_channels: Annotated[int, typer.Option(help="Channels that every MLP keeps.", rich_help_panel=PRUNING)] = 64,
     calibration: Annotated[
         str | None,
         typer.Option(
             "--calibration",
             "-c",
-            help="A .txt or .jsonl file, hf:DATASET[/CONFIG][:SPLIT], or self (the model writes its own text); "
+            help=r"A .txt or .jsonl file, hf:DATASET\[/CONFIG][:SPLIT], or self (the model writes its own text); "
             "default: WikiText-2 train where the hub can be reached, else self.",
             show_default=False,
+            rich_help_panel=CALIBRATING,
         ),
     ] = None,
-    calibration_sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 128,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
-    gradient_sequences: Annotated[int, typer.Option(help="Sequences that the loss gradients see.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration text.")] = 0,
+    calibration_sequences: Annotated[
+        int, typer.Option(help="Sequences of calibration text.", rich_help_panel=CALIBRATING)
+    ] = 128,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens of each sequence.", rich_help_panel=CALIBRATING)
+    ] = 512,
+    gradient_sequences: Annotated[
+        int, typer.Option(help="Sequences that the loss gradients see.", rich_help_panel=PRUNING)
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration text.", rich_help_panel=CALIBRATING)] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Of the statistics: auto (the fastest here), float32 or bfloat16.")
+        str,
+        typer.Option(help="Of the statistics: auto (the fastest here), float32 or bfloat16.", rich_help_panel=PRUNING),
     ] = "auto",
     graph_source: Annotated[str, typer.Option(help="Graph builder: auto, decoder or traced.")] = "auto",
     eval_text: Annotated[
         Path | None,
-        typer.Option(help="Text for the perplexity; default: held-out calibration text.", show_default=False),
+        typer.Option(
+            help="Text for the perplexity; default: held-out calibration text.",
+            show_default=False,
+            rich_help_panel=MEASURING,
+        ),
     ] = None,
     eval_rows_joined: Annotated[
         bool,
-        typer.Option("--eval-rows-joined", help="Lines of the text are rows, joined by a blank line as GPTQ does."),
+        typer.Option(
+            "--eval-rows-joined",
+            help="Lines of the text are rows, joined by a blank line as GPTQ does.",
+            rich_help_panel=MEASURING,
+        ),
     ] = False,
-    eval_window: Annotated[int, typer.Option(help="Tokens of a perplexity window.")] = 1024,
-    eval_windows: Annotated[int, typer.Option(help="Perplexity windows at most.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Fresh processes per bundle in the latency check.")] = 5,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt of the latency check.")] = 128,
-    generate_tokens: Annotated[int, typer.Option(help="Tokens generated in the latency check.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the checks.", show_default=False)] = None,
+    eval_window: Annotated[int, typer.Option(help="Tokens of a perplexity window.", rich_help_panel=MEASURING)] = 1024,
+    eval_windows: Annotated[int, typer.Option(help="Perplexity windows at most.", rich_help_panel=MEASURING)] = 8,
+    rounds: Annotated[
+        int, typer.Option(help="Fresh processes per bundle in the latency check.", rich_help_panel=MEASURING)
+    ] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt of the latency check.", rich_help_panel=MEASURING)] = 128,
+    generate_tokens: Annotated[
+        int, typer.Option(help="Tokens generated in the latency check.", rich_help_panel=MEASURING)
+    ] = 64,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the checks.", show_default=False, rich_help_panel=MEASURING)
+    ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory the device gives, such as 512MiB; enforced.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Memory the device gives, such as 512MiB; enforced.", show_default=False, rich_help_panel=MEASURING
+        ),
     ] = None,
     max_perplexity_ratio: Annotated[
-        float | None, typer.Option(help="Gate: exit 1 if perplexity grows more.", show_default=False)
+        float | None,
+        typer.Option(help="Gate: exit 1 if perplexity grows more.", show_default=False, rich_help_panel=MEASURING),
     ] = None,
     min_decode_speedup: Annotated[
-        float | None, typer.Option(help="Gate: exit 1 if decoding is not that much faster.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Gate: exit 1 if decoding is not that much faster.", show_default=False, rich_help_panel=MEASURING
+        ),
     ] = None,
     keep_dense: Annotated[
-        bool, typer.Option("--keep-dense", help="Keep the dense bundle it was measured against.")
+        bool,
+        typer.Option("--keep-dense", help="Keep the dense bundle it was measured against.", rich_help_panel=MEASURING),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     force: Annotated[
@@ -139,10 +196,6 @@ def compress(
 ) -> None:
     """Prune a model, export it to ONNX, and measure what it cost and what it won."""
     need("compress", "torch", "transformers", "safetensors", "onnx", "onnxscript")
-    from edgeprune_runtime.errors import EdgepruneError
-
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise EdgepruneError(f"unknown dtype {dtype!r}; expected auto, float32 or bfloat16")
     name = Path(model).name.removesuffix(".gguf") or "model"
     options = Options(
         output=output or Path(f"{name}-pruned"),
@@ -151,6 +204,7 @@ def compress(
         method=method,
         allocation=allocation,
         refit=refit,
+        heads=heads,
         align=align,
         min_channels=min_channels,
         calibration=calibration,
@@ -186,12 +240,11 @@ def _compress(options: Options) -> None:
     from edgeprune import calibration as calibrating
     from edgeprune.checkpoint import save
     from edgeprune.cli.stages import Stages
-    from edgeprune.cli.verdict import Gates, plan_report, verdict_report
+    from edgeprune.cli.verdict import Gates, plan_report, short, verdict_report
     from edgeprune.groups import layer_widths
     from edgeprune.pruning import Settings, apply_plan, make_plan, model_groups
     from edgeprune.sources import load, load_tokenizer, open_source
-    from edgeprune_export.exporting import export
-    from edgeprune_runtime.bench import bench
+    from edgeprune_export.exporting import export, graph_source_of
     from edgeprune_runtime.errors import GateError
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import atomic_folder, check_output
@@ -204,17 +257,23 @@ def _compress(options: Options) -> None:
         align=options.align,
         min_channels=options.min_channels,
         gradient_sequences=options.gradient_sequences,
+        heads=cast("Heads", options.heads),  # check() says so if it is none
     )
     settings.check()
+    _check_measuring(options)
     memory_bytes = parse_size(options.memory) if options.memory is not None else None
+    text = _read_eval_text(options)
     if not options.dry_run:
         check_output(options.output, force=options.force, marker=REPORT_FILE, what="an output of compress")
+    source = open_source(options.model, options.trust_remote_code)
+    graph_source = graph_source_of(source.model_type, options.graph_source)
     stages = Stages(options.quiet)
 
     with stages.stage("load the model"):
-        source = open_source(options.model, options.trust_remote_code)
         model = load(source)
         tokenizer = load_tokenizer(source)
+        _check_fits(options, model, tokenizer, text)
+    stages.remark(source.description)
     with stages.counted("calibration text") as advance:
         gathered = calibrating.gather(
             options.calibration,
@@ -225,38 +284,41 @@ def _compress(options: Options) -> None:
             seed=options.seed,
             progress=advance,
         )
-        held_out = None
-        if _held_out(options):
+        held_out = gathered
+        if text is None:
             gathered, held_out = calibrating.split(gathered, _held_out(options))
+    stages.remark(f"{gathered.ids.shape[0]} x {gathered.ids.shape[1]} tokens of {gathered.source}")
     with stages.stage("importance of every unit") as step:
-        phases: dict[str, float] = {}
-
-        def progress(phase: str, done: int, total: int) -> None:
-            phases[phase] = done / total
-            step(sum(phases.values()) / 2 if "gradients" in phases else phases["statistics"] / 2)
-
         plan, stats = make_plan(
-            model, source.description, gathered, settings, dtype=_dtype(options.dtype), progress=progress
+            model,
+            source.description,
+            gathered,
+            settings,
+            dtype=_dtype(options.dtype),
+            progress=lambda phase, done, total: step(phase, done / total),
         )
     groups = model_groups(model)
     before, after = layer_widths(groups, {}), layer_widths(groups, plan.keep)
     report = plan_report(plan, before, after)
-    _show(report, as_json=options.as_json, is_last=options.dry_run)
+    _show(report, as_json=options.as_json, is_last=options.dry_run, is_measured=False)
     if options.dry_run:
         return
 
     with atomic_folder(options.output) as folder:
-        with stages.stage("save and export the dense model to compare with"):
+        with stages.stage("export the dense model to compare with") as step:
             save(model, tokenizer, None, before, folder / "dense-checkpoint")
             export(
                 folder / "dense-checkpoint",
                 folder / DENSE,
-                graph_source=options.graph_source,
+                graph_source=graph_source,
                 name=f"{source.name} (dense)",
+                progress=step,
             )
             shutil.rmtree(folder / "dense-checkpoint")
-        with stages.counted("cut and refit") as advance:
-            errors = apply_plan(model, plan, stats.moments, progress=lambda _, done, total: advance(done, total))
+        with stages.stage("refit, cut and save") as step:
+            errors = apply_plan(
+                model, plan, stats.moments, progress=lambda phase, done, total: step(phase, done / total)
+            )
             del stats
             save(model, tokenizer, plan, after, folder / CHECKPOINT)
             del model
@@ -264,23 +326,15 @@ def _compress(options: Options) -> None:
             export(
                 folder / CHECKPOINT,
                 folder / BUNDLE,
-                graph_source=options.graph_source,
+                graph_source=graph_source,
                 name=f"{source.name} (pruned)",
-                progress=lambda _, share: step(share),
+                progress=step,
             )
         with stages.counted("perplexity through ONNX Runtime") as advance:
             evaluated = str(options.eval_text or f"held-out part of the calibration text ({gathered.source})")
-            perplexities = _perplexities(options, [folder / DENSE, folder / BUNDLE], held_out, advance)
+            perplexities = _perplexities(options, [folder / DENSE, folder / BUNDLE], text or held_out, advance)
         with stages.counted("latency and memory, in turns") as advance:
-            measured = bench(
-                [folder / DENSE, folder / BUNDLE],
-                prompt_tokens=options.prompt_tokens,
-                generate_tokens=options.generate_tokens,
-                rounds=options.rounds,
-                threads=options.threads,
-                memory_bytes=memory_bytes,
-                progress=advance,
-            )
+            measured, fits = _measure(options, folder / DENSE, folder / BUNDLE, memory_bytes, advance)
         if not options.keep_dense:
             shutil.rmtree(folder / DENSE)
         report = verdict_report(
@@ -292,13 +346,89 @@ def _compress(options: Options) -> None:
             errors=errors,
             seconds=stages.seconds,
             gates=Gates(options.max_perplexity_ratio, options.min_decode_speedup),
+            fits=fits,
         )
         report.save(folder)
-    _show(report, as_json=options.as_json, is_last=True)
-    _say_next(options)
+    _show(report, as_json=options.as_json, is_last=True, shown=short(report))
+    if not options.quiet:
+        _say_next(options)
     failed = [verdict.text for verdict in report.verdicts if verdict.passed is False]
     if failed:
         raise GateError(f"the result is in {options.output}, but misses its gate: {'; '.join(failed)}")
+
+
+def _check_measuring(options: Options) -> None:
+    """Check what needs no model: a wrong number must not come out after minutes of work.
+
+    Raises:
+        EdgepruneError: naming the option that is wrong.
+    """
+    from edgeprune_runtime.bench import MIN_ROUNDS_FOR_VERDICT
+    from edgeprune_runtime.errors import EdgepruneError
+
+    if options.dtype not in DTYPES:
+        raise EdgepruneError(f"unknown dtype {options.dtype!r}; expected {', '.join(DTYPES)}")
+    least = {
+        "calibration-sequences": (options.calibration_sequences, 1),
+        "calibration-tokens": (options.calibration_tokens, 2),
+        "eval-window": (options.eval_window, 2),
+        "eval-windows": (options.eval_windows, 1),
+        "rounds": (options.rounds, 1),
+        "prompt-tokens": (options.prompt_tokens, 1),
+        "generate-tokens": (options.generate_tokens, 1),
+    }
+    for name, (value, at_least) in least.items():
+        if value < at_least:
+            raise EdgepruneError(f"--{name} is {value}; at least {at_least} was expected")
+    gates = {
+        "max-perplexity-ratio": options.max_perplexity_ratio,
+        "min-decode-speedup": options.min_decode_speedup,
+    }
+    for name, gate in gates.items():
+        if gate is not None and not 0 < gate < math.inf:
+            raise EdgepruneError(f"--{name} is {gate:g}; a factor above 0 was expected, such as 1.2")
+    if options.min_decode_speedup is not None and options.rounds < MIN_ROUNDS_FOR_VERDICT:
+        raise EdgepruneError(
+            f"--rounds is {options.rounds}; --min-decode-speedup needs at least {MIN_ROUNDS_FOR_VERDICT} to tell "
+            "a speed-up from noise"
+        )
+    if options.min_decode_speedup is not None and options.generate_tokens < 2:
+        raise EdgepruneError("--generate-tokens is 1; --min-decode-speedup needs at least 2, the first is prefill's")
+
+
+def _check_fits(
+    options: Options, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: "Text | None"
+) -> None:
+    """Hold the checks at the end against the model's context, the text's length and the disk's room, while it is cheap.
+
+    Raises:
+        EdgepruneError: naming the option that asks for too much.
+    """
+    from edgeprune.sources import count_parameters
+    from edgeprune_runtime.errors import EdgepruneError
+    from edgeprune_runtime.output import check_space
+
+    context_tokens = model.config.max_position_embeddings
+    if options.prompt_tokens + options.generate_tokens > context_tokens:
+        raise EdgepruneError(
+            f"the latency check wants {options.prompt_tokens} + {options.generate_tokens} tokens, the model's "
+            f"context holds {context_tokens}; lower --prompt-tokens or --generate-tokens"
+        )
+    if text is not None:
+        if options.eval_window > context_tokens:
+            raise EdgepruneError(
+                f"--eval-window is {options.eval_window}, the model's context holds {context_tokens}; lower it"
+            )
+        tokens = len(tokenizer(text.text, verbose=False)["input_ids"])
+        if tokens < options.eval_window:
+            raise EdgepruneError(
+                f"{options.eval_text} has {tokens} tokens, less than one window of {options.eval_window}; give a "
+                "longer text or a smaller --eval-window"
+            )
+    if not options.dry_run:
+        # First the dense model twice, as checkpoint and bundle; later its bundle and the pruned model twice.
+        weights = max(2.0, 1.0 + 2.0 * (1.0 - options.ratio))
+        check_space(options.output, round(FLOAT32_BYTES * count_parameters(model) * weights) + SPARE_BYTES)
 
 
 def _held_out(options: Options) -> int:
@@ -311,31 +441,40 @@ def _dtype(name: str) -> "torch.dtype":
 
     from edgeprune.precision import fastest_dtype
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return dtypes[name] if name in dtypes else fastest_dtype()
+    found: torch.dtype = fastest_dtype() if name == "auto" else getattr(torch, name)
+    return found
+
+
+def _read_eval_text(options: Options) -> "Text | None":
+    from edgeprune_runtime.text import read_text
+
+    if options.eval_text is None:
+        return None
+    return read_text(options.eval_text, rows_joined=options.eval_rows_joined)
 
 
 def _perplexities(
-    options: Options, bundles: Sequence[Path], held_out: "Calibration | None", advance: Callable[[int, int], None]
+    options: Options,
+    bundles: Sequence[Path],
+    source: "Text | Calibration",
+    advance: Callable[[int, int], None],
 ) -> "list[Perplexity]":
     """Perplexity of each bundle on the same tokens: the user's text, or held-out calibration sequences."""
     from edgeprune_runtime.bundle import open_bundle
     from edgeprune_runtime.perplexity import measure_perplexity
     from edgeprune_runtime.session import Decoder
-    from edgeprune_runtime.text import read_text
+    from edgeprune_runtime.text import Text
     from edgeprune_runtime.tokenizer import Tokenizer
 
     found: list[Perplexity] = []
     for folder in bundles:
         bundle = open_bundle(folder)
-        if options.eval_text is not None:
-            text = read_text(options.eval_text, rows_joined=options.eval_rows_joined)
-            ids = Tokenizer.load(bundle).encode(text.text)
-            window, text_hash, joining = options.eval_window, text.text_hash, text.joining
+        if isinstance(source, Text):
+            ids = Tokenizer.load(bundle).encode(source.text)
+            window, text_hash, joining = options.eval_window, source.text_hash, source.joining
         else:
-            assert held_out is not None
-            ids = held_out.ids.flatten().tolist()
-            window, text_hash, joining = held_out.ids.shape[1], held_out.sha256, "random windows"
+            ids = source.ids.flatten().tolist()
+            window, text_hash, joining = source.ids.shape[1], source.sha256, "random windows"
 
         def windows_done(done: int, total: int) -> None:
             advance(len(found) * total + done, len(bundles) * total)
@@ -354,21 +493,69 @@ def _perplexities(
     return found
 
 
-def _show(report: "Report", *, as_json: bool, is_last: bool) -> None:
-    """Print a report: as tables, or with --json the last one as one document on stdout and the tables on stderr."""
+def _measure(
+    options: Options, dense: Path, pruned: Path, memory_bytes: int | None, advance: Callable[[int, int], None]
+) -> "tuple[BenchResult, list[Verdict]]":
+    """Both bundles in turns within the memory limit; where one does not fit, that is a finding and not an end."""
+    from edgeprune_runtime.bench import bench
+    from edgeprune_runtime.report import Verdict
+    from edgeprune_runtime.session import OutOfMemoryError
+
+    def run(bundles: Sequence[Path], limit: int | None) -> "BenchResult":
+        result = bench(
+            bundles,
+            prompt_tokens=options.prompt_tokens,
+            generate_tokens=options.generate_tokens,
+            rounds=options.rounds,
+            threads=options.threads,
+            memory_bytes=limit,
+            progress=advance,
+        )
+        # The folder still has its hidden name, which a report must not keep.
+        return replace(result, sides=tuple(replace(side, bundle=Path(side.bundle).name) for side in result.sides))
+
+    fits = f"within --memory {options.memory}"
+    try:
+        return run([dense, pruned], memory_bytes), []
+    except OutOfMemoryError:
+        try:
+            alone = run([pruned], memory_bytes)
+        except OutOfMemoryError:
+            verdict = Verdict(f"the pruned model does not run {fits}; the figures are without that limit", passed=False)
+            return run([dense, pruned], None), [verdict]
+        return alone, [Verdict(f"the dense model does not run {fits}; the pruned one does", passed=True)]
+
+
+def _show(
+    report: "Report",
+    *,
+    as_json: bool,
+    is_last: bool,
+    is_measured: bool = True,
+    shown: "Report | None" = None,
+) -> None:
+    """Print a report as tables; with --json the tables go to stderr, and the last report as one document to stdout."""
     from rich.console import Console
 
-    report.print(Console(stderr=as_json))
+    console = Console(stderr=as_json)
+    (shown or report).print(console, with_machine=is_measured)
+    if not is_last:
+        console.print()
     if as_json and is_last:
         typer.echo(json.dumps(report.to_dict(), allow_nan=False))
 
 
 def _say_next(options: Options) -> None:
-    bundle = options.output / BUNDLE
-    lines = [
-        f"Written to {options.output}: {BUNDLE}/ travels to the device, {CHECKPOINT}/ reloads in torch, "
-        f"report.html to look at.",
-        f'Next: edgeprune run {bundle} --prompt "..."   |   edgeprune validate {bundle}   |   edgeprune bench {bundle}',
-    ]
-    if not options.quiet:
-        typer.echo("\n".join(lines), err=True)
+    out, bundle = options.output, options.output / BUNDLE
+    typer.echo(
+        f"""
+Wrote {out}
+  {BUNDLE}/      travels to the device
+  {CHECKPOINT}/  loads in torch
+  report.html  the figures, to look at or to send
+
+Next: edgeprune run {bundle} --prompt "..."
+      edgeprune validate {bundle}
+      edgeprune bench {bundle}""",
+        err=True,
+    )

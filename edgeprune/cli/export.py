@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,13 +11,6 @@ from edgeprune.cli.extras import need
 
 if TYPE_CHECKING:
     from edgeprune_runtime.bundle import Manifest
-
-TITLES = {
-    "graph": "write the graph and its weights",
-    "parity": "compare with the torch model",
-    "golden": "write golden sequences",
-    "manifest": "write the manifest",
-}
 
 
 @app.command(rich_help_panel="On the workstation")
@@ -43,23 +36,18 @@ def export(
 ) -> None:
     """Export a checkpoint to an ONNX bundle. Exit code 1, and no bundle, if it does not compute what torch computes."""
     need("compress", "torch", "transformers", "safetensors", "onnx", "onnx_ir")
-    from edgeprune_export.exporting import GRAPH_SOURCES, check_output, read_text
+    from edgeprune.cli.stages import Stages
+    from edgeprune.configs import load_config
+    from edgeprune_export.exporting import check_bundle, graph_source_of
     from edgeprune_export.exporting import export as write_bundle
-    from edgeprune_runtime.errors import EdgepruneError
+    from edgeprune_runtime.text import read_text
 
-    if graph_source not in GRAPH_SOURCES:
-        raise EdgepruneError(f"unknown graph source {graph_source!r}; expected {', '.join(GRAPH_SOURCES)}")
-    check_output(output, force=force)
-    texts = None if text is None else [read_text(text)]
-    with _Bars(quiet) as bars:
+    check_bundle(output, force=force)
+    graph_source_of(load_config(checkpoint).model_type, graph_source)
+    texts = None if text is None else [read_text(text).text]
+    with Stages(quiet).stage("export to ONNX and check it against torch") as step:
         manifest = write_bundle(
-            checkpoint,
-            output,
-            graph_source=cast("Literal['auto', 'decoder', 'traced']", graph_source),
-            force=force,
-            name=name,
-            texts=texts,
-            progress=bars.update,
+            checkpoint, output, graph_source=graph_source, force=force, name=name, texts=texts, progress=step
         )
     if not quiet:
         _say(output, manifest)
@@ -83,35 +71,3 @@ def _say(output: Path, manifest: "Manifest") -> None:
         err=True,
     )
     typer.echo(f'next: edgeprune run {output} --prompt "..."   or   edgeprune bench {output}', err=True)
-
-
-class _Bars:
-    """One bar per stage on stderr, with an estimate of what is left."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "_Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, stage: str, share: float) -> None:
-        """Move the bar of a stage."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(TITLES[stage], total=1.0)
-        self._progress.update(self._tasks[stage], completed=share)

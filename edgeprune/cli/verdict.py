@@ -2,26 +2,28 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from edgeprune.groups import LayerWidths
 from edgeprune.plan import PrunePlan
-from edgeprune_runtime.bench import DEFINITIONS, BenchResult
+from edgeprune_runtime.bench import CONFIDENCE, DEFINITIONS, MIN_ROUNDS_FOR_VERDICT, PEAK_MEMORY, BenchResult, Ratio
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.perplexity import Perplexity
-from edgeprune_runtime.report import Cell, Report, Table, Verdict
+from edgeprune_runtime.report import Cell, Report, Table, Verdict, format_bytes
 
 FLOAT32_BYTES = 4
-MEASURED = (
-    "ttft_ms",
-    "tpot_ms",
-    "tpot_p95_ms",
-    "prefill_tokens_per_s",
-    "decode_tokens_per_s",
-    "load_ms",
-    "load_peak_rss_bytes",
-    "peak_rss_bytes",
-)
+MEGABYTE = 1e6
+MEASURED = {
+    "ttft_ms": ("time to first token (ttft), ms", 1.0),
+    "tpot_ms": ("time per output token (tpot), ms", 1.0),
+    "tpot_p95_ms": ("tpot, 95th percentile, ms", 1.0),
+    "prefill_tokens_per_s": ("prefill, tokens/s", 1.0),
+    "decode_tokens_per_s": ("decode, tokens/s", 1.0),
+    "load_ms": ("load, ms", 1.0),
+    "load_peak_rss_bytes": ("peak memory (RSS) once loaded, MB", MEGABYTE),
+    "peak_rss_bytes": ("peak memory (RSS) in all, MB", MEGABYTE),
+}
+"""Figure of the benchmark -> what a person reads of it, and the unit that it is divided by."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
             _row("parameters", plan.parameters_before, plan.parameters_after),
             _row("parameters of the decoder blocks", plan.block_parameters_before, plan.block_parameters_after),
             _row(
-                "float32 weights_bytes",
+                "weights in float32, MB",
                 FLOAT32_BYTES * plan.parameters_before,
                 FLOAT32_BYTES * plan.parameters_after,
+                MEGABYTE,
             ),
-            _row("KV cache_bytes per 1,000 tokens", 1000 * _kv_bytes(before), 1000 * _kv_bytes(after)),
+            _row("KV cache per 1,000 tokens, MB", 1000 * _kv_bytes(before), 1000 * _kv_bytes(after), MEGABYTE),
         ),
         notes=(
             f"importance {plan.method}, allocation {plan.allocation}, refit {plan.refit}, statistics in {plan.dtype}",
@@ -77,32 +80,43 @@ def verdict_report(
     errors: Mapping[str, float],
     seconds: Mapping[str, float],
     gates: Gates,
+    fits: Sequence[Verdict] = (),
 ) -> Report:
-    """The measured table in front of the plan's, with the verdict in words; `perplexities` are (dense, pruned)."""
-    dense, pruned = (side.figures() for side in measured.sides)
+    """The measured table in front of the plan's, with the verdict in words.
+
+    `perplexities` are (dense, pruned); `measured` has both sides, or only the pruned one where the dense does not fit;
+    `fits` says so.
+    """
+    *first, last = measured.sides
+    dense = first[0].figures() if first else dict.fromkeys(MEASURED)
+    pruned = last.figures()
     a, b = perplexities
-    limit = f", memory limit {measured.memory_bytes} bytes ({measured.enforcement})" if measured.memory_bytes else ""
+    size = format_bytes(measured.memory_bytes) if measured.memory_bytes else ""
+    limit = f", memory limit {size} ({measured.enforcement})" if size else ""
     table = Table(
         "Dense against pruned, both through ONNX Runtime",
         ("", "dense", "pruned", "pruned / dense"),
         (
             _row("parameters", plan.parameters_before, plan.parameters_after),
-            _row("bundle size_bytes", measured.sides[0].size_bytes, measured.sides[1].size_bytes),
+            _row("bundle, MB", first[0].size_bytes if first else None, last.size_bytes, MEGABYTE),
             _row("perplexity", a.perplexity, b.perplexity),
-            *(_row(name, dense[name], pruned[name]) for name in MEASURED),
+            *(_row(label, dense[name], pruned[name], unit) for name, (label, unit) in MEASURED.items()),
         ),
         notes=(
-            f"perplexity: {text}; {a.joining}; {a.windows} windows of {a.window_tokens} tokens, "
-            f"{a.scored_tokens} scored",
+            f"perplexity: {text}; {a.joining}; {a.windows} x {a.window_tokens} tokens, {a.scored_tokens} scored",
             f"latency: prompt {measured.prompt_tokens}, generate {measured.generate_tokens} tokens, {measured.threads} "
-            f"threads, provider {measured.provider}, {len(measured.sides[0].rounds)} rounds in turns, each a "
+            f"threads, provider {measured.provider}, {len(last.rounds)} rounds in turns, each a "
             f"fresh process" + limit,
         ),
     )
     timing = Table(
         "Where the time went", ("stage", "seconds"), tuple((k, round(v, 1)) for k, v in seconds.items()), ("seconds",)
     )
-    meanings = Table("Definitions", ("figure", "meaning"), tuple(DEFINITIONS.items()))
+    meanings = Table(
+        "Definitions",
+        ("figure", "meaning"),
+        tuple((label, DEFINITIONS[name]) for name, (label, _) in MEASURED.items() if name in DEFINITIONS),
+    )
     data = {
         "plan": plan_summary(plan),
         "perplexity": {"dense": asdict(a), "pruned": asdict(b), "ratio": b.perplexity / a.perplexity, "text": text},
@@ -114,9 +128,14 @@ def verdict_report(
         f"edgeprune: {plan.model}",
         measured.machine,
         (table, *planned.tables, timing, meanings),
-        tuple(_verdicts(plan, a, b, measured, gates)),
+        (*_verdicts(plan, a, b, measured, gates), *fits),
         data,
     )
+
+
+def short(report: Report) -> Report:
+    """What a terminal shows at the end: the measured table and the verdict; the files have the rest."""
+    return replace(report, tables=report.tables[:1])
 
 
 def plan_summary(plan: PrunePlan) -> dict[str, object]:
@@ -131,23 +150,43 @@ def _verdicts(
 ) -> Iterator[Verdict]:
     gone = plan.parameters_before - plan.parameters_after
     yield Verdict(
-        f"{plan.ratio_reached:.1%} of all parameters are gone ({gone / plan.block_parameters_before:.1%} of the "
-        f"decoder blocks')"
+        f"{100 * plan.ratio_reached:.1f} % of all parameters are gone "
+        f"({100 * gone / plan.block_parameters_before:.1f} % of those of the decoder blocks)"
     )
     growth = pruned.perplexity / dense.perplexity
-    words = f"perplexity {dense.perplexity:.2f} became {pruned.perplexity:.2f}, {growth:.2f} times dense"
+    words = f"perplexity: {growth:.2f} times that of dense ({dense.perplexity:.2f} became {pruned.perplexity:.2f})"
     if gates.max_perplexity_ratio is None:
         yield Verdict(words)
     else:
         yield Verdict(f"{words}; at most {gates.max_perplexity_ratio:g} allowed", growth <= gates.max_perplexity_ratio)
+    if gates.min_decode_speedup is not None and not measured.ratios:
+        yield Verdict("decode: the dense model does not run here, so its speed-up cannot be judged")
     for ratio in measured.ratios:
-        words = f"{ratio.verdict} [A dense, B pruned]"
         if ratio.name == "decode" and gates.min_decode_speedup is not None:
             # the lower end of the interval must hold the gate: a speed-up that noise could have made is none
-            low = ratio.ratio if ratio.low is None else ratio.low
-            yield Verdict(f"{words}; at least {gates.min_decode_speedup:g} wanted", low >= gates.min_decode_speedup)
+            low = ratio.low or 0.0
+            words = f"{in_words(ratio)}; at least {gates.min_decode_speedup:g} wanted of the interval's lower end"
+            yield Verdict(words, low >= gates.min_decode_speedup)
         else:
-            yield Verdict(words)
+            yield Verdict(in_words(ratio))
+
+
+def in_words(ratio: Ratio) -> str:
+    """How the pruned model (B) compares with the dense one (A), as a sentence."""
+    low, high = ratio.low, ratio.high
+    if ratio.name == PEAK_MEMORY:
+        # a person asks how much of the dense model's memory is left to pay
+        words = f"{1 / ratio.ratio:.3f} of the dense model's"
+        ends = (1 / high, 1 / low) if low and high else None
+    else:
+        words = f"{ratio.ratio:.2f} times as fast as dense"
+        ends = (low, high) if low is not None and high is not None else None
+    if ends is None:
+        return f"{ratio.name}: undecided, {words} (at least {MIN_ROUNDS_FOR_VERDICT} rounds would make an interval)"
+    digits = 3 if ratio.name == PEAK_MEMORY else 2
+    words += f" ({100 * CONFIDENCE:.0f} % interval {ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+    is_decided = ends[0] > 1.0 or ends[1] < 1.0
+    return f"{ratio.name}: {words}" if is_decided else f"{ratio.name}: no difference shown, {words}"
 
 
 def _runs(
@@ -169,5 +208,7 @@ def _kv_bytes(widths: Sequence[LayerWidths]) -> int:
     return sum(2 * FLOAT32_BYTES * width.kv_heads * width.head_dim for width in widths)
 
 
-def _row(name: str, dense: float | None, pruned: float | None) -> tuple[Cell, ...]:
-    return name, dense, pruned, pruned / dense if dense and pruned is not None else None
+def _row(name: str, dense: float | None, pruned: float | None, unit: float = 1.0) -> tuple[Cell, ...]:
+    """A row of a figure, in multiples of `unit`, with the share of dense that it is."""
+    share = pruned / dense if dense and pruned is not None else None
+    return name, *(value if value is None or unit == 1.0 else value / unit for value in (dense, pruned)), share

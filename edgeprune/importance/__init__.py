@@ -4,7 +4,8 @@ One file per method; to add one, imitate `taylor_fine.py`:
 
 1. `NEEDS` names the evidence the method reads: "inputs" (moments of the inputs of o_proj and down_proj), "gradient"
    (dL/dW of the calibration loss), "fisher" (mean over samples of the squared gradient), or nothing;
-2. `sampled(argument)` (optional) names methods whose scores of every single calibration sample are wanted as well;
+2. `sampled(argument)` (optional) names methods whose scores of single samples (parts of the calibration sequences) are
+   wanted as well;
 3. `scores(group, evidence, argument)` returns float32 `(units,)`, higher = keep. `argument` is what the user wrote
    after the colon in `--method name:argument`, or None; a method that takes one says which in `ARGUMENT`.
 

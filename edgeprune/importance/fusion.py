@@ -14,10 +14,13 @@ Per group, with c and f the coarse and fine scores `(G,)` divided by their means
 matters is read off the fine estimate, whose terms do not cancel. At lam_f = 1 the fused scores are the fine ones, and
 at lam_c = 1 they are defined as the coarse ones, exactly. The blend, by `--method fusion:MODE`:
 
+    inverse-variance   (default) lam proportional to 1 / Var over the calibration samples of the mean-normalised scores,
+                       the weights that blend two noisy estimates best. Signs cancel in the coarse estimate, so it is
+                       the noisier one and gets 5 to 40 %, differently in each layer. (Ranks instead of scores would
+                       give it 40 %, and cost SmolLM2-135M a tenth more perplexity.)
     attention          query q = (c + f) / 2, keys c and f:  lam = softmax(<q, c> / (tau sqrt G), <q, f> / (tau sqrt G))
-                       with tau = sqrt G: at tau = 1 a layer of 1,536 channels drives the softmax to 0 or 1
-    inverse-variance   lam proportional to 1 / Var over the calibration samples of the unit ranks each estimate gives:
-                       of two noisy estimates, the steadier weighs more
+                       with tau = sqrt G: at tau = 1 a layer of 1,536 channels drives the softmax to 0 or 1. It leans to
+                       the estimate that tells units further apart, which is the coarse one, noise and all.
     a number in [0, 1] lam_c fixed to it
 """
 
@@ -29,11 +32,12 @@ from edgeprune_runtime.errors import EdgepruneError
 
 NEEDS = frozenset({"gradient"})
 ARGUMENT = "attention, inverse-variance or the coarse weight"
+DEFAULT_MODE = "inverse-variance"
 
 
 def sampled(argument: str | None) -> tuple[str, ...]:
     """Only the inverse-variance mode looks at single samples."""
-    return ("taylor-coarse", "taylor-fine") if argument == "inverse-variance" else ()
+    return ("taylor-coarse", "taylor-fine") if (argument or DEFAULT_MODE) == "inverse-variance" else ()
 
 
 def scores(group: Group, evidence: Evidence, argument: str | None) -> torch.Tensor:
@@ -49,7 +53,7 @@ def coarse_weight(coarse: torch.Tensor, fine: torch.Tensor, evidence: Evidence, 
     Raises:
         EdgepruneError: if `argument` is no mode and no number in [0, 1].
     """
-    mode = argument or "attention"
+    mode = argument or DEFAULT_MODE
     if mode == "attention":
         return attention_weight(coarse, fine)
     if mode == "inverse-variance":
@@ -90,17 +94,17 @@ def attention_weight(coarse: torch.Tensor, fine: torch.Tensor) -> float:
 
 
 def inverse_variance_weight(coarse: torch.Tensor, fine: torch.Tensor) -> float:
-    """`lam_c` from the scores of each sample, `(S, G)`: each estimate weighs by the inverse variance of its ranks."""
+    """`lam_c` from the scores of each sample, `(S, G)`: each estimate weighs by the inverse of its variance."""
     if coarse.shape[0] < 2:
         raise EdgepruneError(
             "fusion:inverse-variance needs at least 2 calibration sequences to see a variance; give more"
         )
-    coarse_variance, fine_variance = (_ranks(samples).var(0).mean() for samples in (coarse, fine))
+    coarse_variance, fine_variance = (_relative(samples).var(0).mean() for samples in (coarse, fine))
     if coarse_variance + fine_variance == 0:
         return 0.5
     return float(fine_variance / (coarse_variance + fine_variance))
 
 
-def _ranks(samples: torch.Tensor) -> torch.Tensor:
-    """Rank of each unit in each sample, scaled to [0, 1]: `(S, G)`."""
-    return samples.argsort(1).argsort(1).float() / max(samples.shape[1] - 1, 1)
+def _relative(samples: torch.Tensor) -> torch.Tensor:
+    """Scores of each sample divided by their mean over the units: `(S, G)`."""
+    return samples / samples.mean(1, keepdim=True).clamp_min(torch.finfo(samples.dtype).tiny)

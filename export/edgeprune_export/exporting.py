@@ -1,16 +1,13 @@
 """From a checkpoint folder to a bundle: graph, gate, golden data, configs, manifest; all of it or nothing."""
 
-import errno
 import json
 import platform
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import onnx_ir as ir
 from tokenizers import Tokenizer
@@ -51,6 +48,7 @@ from edgeprune_runtime.bundle import (
 )
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.golden import save_golden
+from edgeprune_runtime.output import atomic_folder, check_output, check_space
 
 Progress = Callable[[str, float], None]
 """Hears the name of a stage and the share of it that is done."""
@@ -79,7 +77,7 @@ def export(
     checkpoint: Path,
     out: Path,
     *,
-    graph_source: Literal["auto", "decoder", "traced"] = "auto",
+    graph_source: str = "auto",
     force: bool = False,
     name: str | None = None,
     texts: Sequence[str] | None = None,
@@ -91,7 +89,7 @@ def export(
     Args:
         checkpoint: A dense or pruned checkpoint folder.
         out: The folder to write; it appears when it is complete and has passed the parity gate, or not at all.
-        graph_source: Who builds the graph; "auto" asks the architecture.
+        graph_source: Who builds the graph, of `GRAPH_SOURCES`; "auto" asks the architecture.
         force: Replace a bundle that stands at `out`.
         name: What to call the model; None takes it from the plan or the folder.
         texts: Real text for parity and golden data; None takes a few built-in paragraphs.
@@ -104,101 +102,49 @@ def export(
     """
     report = progress or (lambda stage, share: None)
     out = out.absolute()
-    check_output(out, force=force)
+    check_bundle(out, force=force)
     config = load_config(checkpoint)
-    source = _graph_source(graph_source, config)
+    source = graph_source_of(config.model_type, graph_source)
     for file in REQUIRED_FILES:
         if not (checkpoint / file).is_file():
             raise EdgepruneError(f"{checkpoint} has no {file}; a bundle needs the tokenizer, save it into this folder")
     with Weights(checkpoint) as weights:
         widths = layer_widths(config, weights)
         parameters = Parameters(*count_parameters(config, weights))
-    _check_space(out, 4 * parameters.all + SPARE_BYTES)
-    try:
-        with _complete_or_nothing(out) as folder:
-            record = _write_graph(folder, checkpoint, config, widths, source, report)
-            parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
-            manifest = _manifest(checkpoint, config, widths, parameters, source, parity, name)
-            _write_files(folder, checkpoint, config, manifest)
-            return _sealed(folder, manifest, {data_file(VARIANT): record}, report)
-    except OSError as error:
-        raise _unwritable(out, error) from error
+    check_space(out, 4 * parameters.all + SPARE_BYTES)
+    with atomic_folder(out) as folder:
+        record = _write_graph(folder, checkpoint, config, widths, source, report)
+        parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
+        manifest = _manifest(checkpoint, config, widths, parameters, source, parity, name)
+        _write_files(folder, checkpoint, config, manifest)
+        return _sealed(folder, manifest, {data_file(VARIANT): record}, report)
 
 
-def check_output(out: Path, *, force: bool) -> None:
+def check_bundle(out: Path, *, force: bool) -> None:
     """Check that a bundle may be written at `out`; call it before any long work.
 
     Raises:
         EdgepruneError: if something stands there that may not be replaced.
     """
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise EdgepruneError(f"{out} exists already; choose another name, or replace it with --force")
-    is_bundle = (out / MANIFEST_FILE).is_file() and not out.is_symlink()
-    if not is_bundle and not (out.is_dir() and not any(out.iterdir())):
-        raise EdgepruneError(f"{out} is not a bundle, so --force does not replace it; choose another name")
+    check_output(out, force=force, marker=MANIFEST_FILE, what="a bundle")
 
 
-def read_text(path: Path) -> str:
-    """A text file.
+def graph_source_of(model_type: str, wanted: str = "auto") -> GraphSource:
+    """Who builds the graph of a model; "auto" asks its architecture file.
 
     Raises:
-        EdgepruneError: if it cannot be read as UTF-8.
+        EdgepruneError: if there is no such builder, or it does not know the architecture.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EdgepruneError(f"cannot read {path} ({error}); expected a UTF-8 text file") from error
-
-
-def _graph_source(wanted: str, config: PreTrainedConfig) -> GraphSource:
-    plugin = architecture(config.model_type)
+    source: GraphSource = architecture(model_type).SOURCE
     if wanted == "auto":
-        return cast("GraphSource", plugin.SOURCE)
-    if wanted not in GRAPH_SOURCES:
+        return source
+    if wanted == "traced":
+        return "traced"
+    if wanted != "decoder":
         raise EdgepruneError(f"unknown graph source {wanted!r}; expected {', '.join(GRAPH_SOURCES)}")
-    if wanted == "decoder" and plugin.SOURCE != "decoder":
-        raise EdgepruneError(f"the decoder graph does not know {config.model_type!r}; use --graph-source traced")
-    return cast("GraphSource", wanted)
-
-
-def _check_space(out: Path, wanted_bytes: int) -> None:
-    existing = next(parent for parent in out.parents if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < wanted_bytes:
-        raise EdgepruneError(
-            f"no disk space left for {out}: {wanted_bytes:,} bytes are needed, {free_bytes:,} are free; "
-            "make room or choose another disk"
-        )
-
-
-def _unwritable(out: Path, error: OSError) -> EdgepruneError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EdgepruneError(f"no disk space left for {out}; make room or choose another disk")
-    return EdgepruneError(f"cannot write {out} ({error}); choose a folder you may write to")
-
-
-@contextmanager
-def _complete_or_nothing(out: Path) -> Iterator[Path]:
-    """A hidden sibling of `out` that takes its place when the block ends well, and vanishes when it does not."""
-    token = secrets.token_hex(4)
-    part, old = (out.with_name(f".{out.name}.{token}.{end}") for end in ("part", "old"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.mkdir()
-    try:
-        yield part
-        if out.exists():
-            out.rename(old)
-        try:
-            part.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    if source != "decoder":
+        raise EdgepruneError(f"the decoder graph does not know {model_type!r}; use --graph-source traced")
+    return "decoder"
 
 
 def _write_graph(

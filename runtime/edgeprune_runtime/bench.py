@@ -36,9 +36,9 @@ DEFINITIONS = {
 """What each figure means; printed with every report. Tokenizing is in none of them."""
 
 PEAK_MEMORY = "peak memory"
-_MIN_ROUNDS_FOR_VERDICT = 3
+MIN_ROUNDS_FOR_VERDICT = 3
 _BOOTSTRAPS = 10_000
-_CONFIDENCE = 0.95
+CONFIDENCE = 0.95
 _WORKER_TIMEOUT_S = 1800.0
 _STDERR_TAIL = 200
 
@@ -91,9 +91,9 @@ class Ratio:
         """The ratio in words; better or worse only where the interval excludes 1."""
         if self.low is None or self.high is None:
             return (
-                f"{self.name}: {self.ratio:.2f}, undecided; at least {_MIN_ROUNDS_FOR_VERDICT} rounds make an interval"
+                f"{self.name}: {self.ratio:.2f}, undecided; at least {MIN_ROUNDS_FOR_VERDICT} rounds make an interval"
             )
-        interval = f"({_CONFIDENCE:.0%} interval {self.low:.3f} to {self.high:.3f})"
+        interval = f"({CONFIDENCE:.0%} interval {self.low:.3f} to {self.high:.3f})"
         is_memory = self.name == PEAK_MEMORY
         better, worse = ("needs less", "needs more") if is_memory else ("is faster", "is slower")
         figure = f"A's peak is {self.ratio:.3f} times B's" if is_memory else f"{self.ratio:.3f} times A's speed"
@@ -303,11 +303,11 @@ def report_bench(result: BenchResult) -> Report:
 
 def _ratio(name: str, a: Sequence[float], b: Sequence[float]) -> Ratio:
     logs = np.log(np.array(a) / np.array(b))
-    if len(logs) < _MIN_ROUNDS_FOR_VERDICT:
+    if len(logs) < MIN_ROUNDS_FOR_VERDICT:
         return Ratio(name, float(np.exp(logs.mean())), None, None)
     draws = np.random.default_rng(0).integers(0, len(logs), (_BOOTSTRAPS, len(logs)))
     means = logs[draws].mean(axis=1)
-    tail = (1.0 - _CONFIDENCE) / 2.0
+    tail = (1.0 - CONFIDENCE) / 2.0
     low, high = np.exp(np.quantile(means, [tail, 1.0 - tail]))
     return Ratio(name, float(np.exp(logs.mean())), float(low), float(high))
 

@@ -1,6 +1,17 @@
-"""Folders that appear complete under their name, or not at all."""
+"""Folders that appear complete under their name, or not at all.
+
+    .NAME.<token>.part   being written; becomes NAME
+    .NAME.<token>.old    the earlier NAME while the new one takes its place; back under its name if that fails
+
+No call swaps two folders at once everywhere, so a power cut between the two renames leaves no NAME: then the next run
+that means to write NAME puts the earlier one back first. A `.part` may belong to a run that still goes on, so it is
+named, and deleting it is left to the user.
+"""
 
 import errno
+import logging
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -8,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgeprune_runtime.errors import EdgepruneError
+
+logger = logging.getLogger(__name__)
 
 
 def check_output(out: Path, *, force: bool, marker: str, what: str) -> None:
@@ -20,8 +33,14 @@ def check_output(out: Path, *, force: bool, marker: str, what: str) -> None:
         what: what a person calls the kind ("a bundle").
 
     Raises:
-        EdgepruneError: if something stands there that may not be replaced.
+        EdgepruneError: if something stands there that may not be replaced, or nothing may be written there.
     """
+    _put_back(out.absolute())
+    for part in _siblings(out.absolute(), "part"):
+        logger.warning("%s belongs to a run that still goes on or was cut off; if none goes on, delete it", part)
+    existing = _nearest_folder(out)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise EdgepruneError(f"cannot write {out}: {existing} is no folder to write to; choose another")
     if not out.exists() and not out.is_symlink():
         return
     if not force:
@@ -37,12 +56,11 @@ def check_space(out: Path, wanted_bytes: int) -> None:
     Raises:
         EdgepruneError: if it has not.
     """
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = shutil.disk_usage(_nearest_folder(out)).free
     if free_bytes < wanted_bytes:
         raise EdgepruneError(
-            f"no disk space left for {out}: {wanted_bytes:,} bytes are needed, {free_bytes:,} are free; "
-            "make room or choose another disk"
+            f"no disk space left for {out}: {wanted_bytes / 1e6:,.0f} MB are needed, {free_bytes / 1e6:,.0f} MB are "
+            "free; make room or choose another disk"
         )
 
 
@@ -54,11 +72,15 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         EdgepruneError: if the system refuses to write; an earlier folder is untouched then.
     """
     out = out.absolute()
+    _put_back(out)
     token = secrets.token_hex(4)
     part, old = (out.with_name(f".{out.name}.{token}.{end}") for end in ("part", "old"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
+    except OSError as error:
+        raise _refused(out, error) from error
+    try:
         yield part
         if out.exists():
             out.rename(old)
@@ -70,10 +92,36 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EdgepruneError(f"no disk space left for {out}; make room or choose another disk") from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise EdgepruneError(f"cannot write {out} ({error.strerror}); choose a folder you may write to") from error
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise _refused(out, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _nearest_folder(out: Path) -> Path:
+    """What exists on the way to `out` and is nearest to it."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
+def _refused(out: Path, error: OSError) -> EdgepruneError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EdgepruneError(f"no disk space left for {out}; make room or choose another disk")
+    return EdgepruneError(f"cannot write {out} ({error.strerror}); choose a folder you may write to")
+
+
+def _siblings(out: Path, end: str) -> list[Path]:
+    """Hidden folders `.NAME.<token>.<end>` beside `out`."""
+    if not out.parent.is_dir():
+        return []
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{8}}\.{end}")
+    return [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _put_back(out: Path) -> None:
+    """Give an earlier folder its name back that a run moved aside and then died."""
+    left = [] if os.path.lexists(out) else _siblings(out, "old")
+    if left:
+        newest = max(left, key=lambda path: path.stat().st_mtime)
+        newest.rename(out)
+        logger.warning("put back %s, which a run that was cut off had moved aside as %s", out, newest.name)

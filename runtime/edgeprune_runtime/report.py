@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -21,7 +22,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .7rem; border-bottom: 1px solid #dde2ea; }
-th { text-align: left; background: #f4f6f9; } td.figure { text-align: right; font-variant-numeric: tabular-nums; }
+th { text-align: left; background: #f4f6f9; }
+th.figure, td.figure { text-align: right; font-variant-numeric: tabular-nums; }
 svg { vertical-align: middle; margin-left: .5rem; } .note { color: #5a6675; font-size: .9rem; }
 .passed { color: #14713d; } .failed { color: #a8232c; } li { margin: .2rem 0; }
 @media (prefers-color-scheme: dark) {
@@ -112,10 +114,11 @@ class Report:
             f"<body>\n{content}\n</body></html>\n"
         )
 
-    def print(self, console: Console) -> None:
+    def print(self, console: Console, *, with_machine: bool = True) -> None:
         """Show the report on a terminal."""
         for table in self.tables:
-            shown = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
+            console.print(f"\n[bold]{escape(table.title)}[/]", highlight=False)
+            shown = RichTable(box=SIMPLE_HEAD, show_edge=False)
             for index, column in enumerate(table.columns):
                 shown.add_column(
                     escape(column), justify="right" if _is_figures(table, index) else "left", overflow="fold"
@@ -125,10 +128,13 @@ class Report:
             console.print(shown)
             for note in table.notes:
                 console.print(escape(note), style="dim")
+        if self.verdicts:
+            console.print("\n[bold]Verdict[/]")
         for verdict in self.verdicts:
             style = {True: "green", False: "bold red", None: ""}[verdict.passed]
             console.print(escape(_mark(verdict) + verdict.text), style=style)
-        console.print(escape(f"Measured on {describe_machine(self.machine)}."), style="dim")
+        if with_machine:
+            console.print(escape(f"Measured on {describe_machine(self.machine)}."), style="dim")
 
     def save(self, folder: Path) -> None:
         """Write `report.json`, `report.md` and `report.html` into an existing folder."""
@@ -143,7 +149,7 @@ def format_cell(cell: Cell) -> str:
         return "–"
     if isinstance(cell, bool | str):
         return str(cell)
-    if isinstance(cell, int) or abs(cell) >= 10_000:
+    if isinstance(cell, int) or abs(cell) >= 1_000:
         return f"{cell:,.0f}"
     return f"{cell:.4g}"
 
@@ -170,7 +176,11 @@ def describe_machine(machine: Machine) -> str:
 
 def _html_table(table: Table) -> str:
     lines = [f"<h2>{html.escape(table.title)}</h2>", "<table>"]
-    lines.append(f"<tr>{''.join(f'<th>{html.escape(column)}</th>' for column in table.columns)}</tr>")
+    heads = (
+        f"<th{' class=figure' if _is_figures(table, index) else ''}>{html.escape(column)}</th>"
+        for index, column in enumerate(table.columns)
+    )
+    lines.append(f"<tr>{''.join(heads)}</tr>")
     tops = [_largest_figure([row[index] for row in table.rows]) for index in range(len(table.columns))]
     for row in table.rows:
         cells = []

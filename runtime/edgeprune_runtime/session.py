@@ -151,10 +151,12 @@ class Decoder:
 
     The KV cache goes from a run's outputs to the next run's inputs inside ONNX Runtime, without a copy through numpy.
 
-    How padding reaches the graph depends on the manifest's `padding`. With "both" the attention mask may have zeros
-    anywhere, and new tokens are its last columns. With "right" a row's mask is ones, then zeros, because the graph
-    (GroupQueryAttention's `seqlens_k`) only counts them: it writes a new token right behind the row's last one, over
-    the padding. A left-padded batch would be computed wrongly there without any error, so it is refused.
+    How padding reaches the graph depends on the manifest's `padding`. With "both" a row's prompt may stand anywhere in
+    the first mask, with zeros before and behind it but none between its tokens: in a first prompt the fused attention
+    counts positions by slot. New tokens are the mask's last columns; the zeros that a right-padded prompt then has
+    before them are no harm. With "right" a row's mask is ones, then zeros, because the graph (GroupQueryAttention's
+    `seqlens_k`) only counts them: it writes a new token right behind the row's last one, over the padding. What a graph
+    would compute wrongly without any error is refused.
     """
 
     def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
@@ -169,26 +171,23 @@ class Decoder:
     def prefill(self, rows: Sequence[Sequence[int] | Ids], *, side: Side | None = None) -> tuple[Logits, KvCache]:
         """Logits (B, V) float32 behind the last token of each row, and the cache that holds the rows.
 
-        Rows of unequal lengths are padded on `side`; None takes the side that the bundle's graph is right with.
+        Rows of unequal lengths are padded on `side`; None takes the side that the bundle's graph is right with. One row
+        goes in by pieces, which bounds its logits; several go in at once, because the fused attention of the CPU takes
+        no second piece of a batch.
 
         Raises:
             EdgepruneError: if a row is empty or too long, or the graph does not take padding on that side.
         """
         if not rows or min(map(len, rows)) < 1:
             raise EdgepruneError("a prompt has no tokens; give at least one")
-        lengths = np.array([len(row) for row in rows])
-        width = int(lengths.max())
+        width = max(map(len, rows))
         check_context(self.manifest, width)
-        if lengths.min() == width:
-            ids = np.array(rows, np.int64)
-            cache, logits = None, np.empty((0, 0, 0), np.float32)
-            for start in range(0, width, PREFILL_CHUNK_TOKENS):
-                logits, cache = self.forward(ids[:, start : start + PREFILL_CHUNK_TOKENS], cache=cache)
-            assert cache is not None
-            return logits[:, -1].copy(), cache
         ids, mask = self.pad(rows, side)
-        logits, cache = self.forward(ids, mask)
-        last = width - 1 - mask[:, ::-1].argmax(1)
+        piece_tokens = PREFILL_CHUNK_TOKENS if len(rows) == 1 else width
+        logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens])
+        for start in range(piece_tokens, width, piece_tokens):
+            logits, cache = self.forward(ids[:, start : start + piece_tokens], cache=cache)
+        last = logits.shape[1] - 1 - mask[:, : -logits.shape[1] - 1 : -1].argmax(1)
         return logits[np.arange(len(rows)), last], cache
 
     def step(self, ids: Sequence[int] | Ids, cache: KvCache) -> tuple[Logits, KvCache]:
@@ -203,11 +202,11 @@ class Decoder:
             EdgepruneError: if the bundle's graph does not take padding on that side.
         """
         side = side or ("right" if self.manifest.padding == "right" else "left")
-        if side == "left" and self.manifest.padding == "right":
+        width = max(map(len, rows))
+        if side == "left" and self.manifest.padding == "right" and min(map(len, rows)) < width:
             raise EdgepruneError(
                 "left padding was asked for, but this bundle's graph computes left-padded batches wrongly; pad right"
             )
-        width = max(map(len, rows))
         ids = np.full((len(rows), width), self.manifest.pad_token_id or 0, np.int64)
         mask = np.zeros((len(rows), width), bool)
         for index, row in enumerate(rows):
@@ -232,7 +231,8 @@ class Decoder:
             out: A (B, T, V) float32 buffer, C-contiguous, to take the logits.
 
         Raises:
-            EdgepruneError: if the context length is exceeded, or a token id is outside the vocabulary.
+            EdgepruneError: if the context length is exceeded, a token id is outside the vocabulary, or the graph does
+                not take such a mask, or several rows of several tokens behind a cache.
         """
         batch, width = ids.shape
         past = cache.tokens if cache else 0
@@ -245,6 +245,11 @@ class Decoder:
         new = np.ones((batch, width), bool) if mask is None else mask
         before = cache.mask if cache else np.zeros((batch, 0), bool)
         full = self._full_mask(before, new)
+        if cache and min(batch, width) > 1 and self.bundle.variant.graph_source == "decoder":
+            raise EdgepruneError(
+                f"{batch} rows of {width} new tokens behind a cache were given; this bundle's fused attention takes "
+                "one row or one token there, so give the rows one by one"
+            )
         feeds = {"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": full.astype(np.int64)}
         if "position_ids" in self._inputs:
             positions = before.sum(1, keepdims=True) + new.cumsum(1) - 1
@@ -254,6 +259,12 @@ class Decoder:
 
     def _full_mask(self, before: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         if self.manifest.padding == "both":
+            begins = np.diff(new, axis=1, prepend=False) & new
+            if not before.shape[1] and begins.sum(1).max() > 1:
+                raise EdgepruneError(
+                    "the mask of a first prompt has zeros between its tokens; only padding before or behind them is "
+                    "taken, so leave those tokens out"
+                )
             return np.concatenate([before, new], axis=1)
         lengths = new.sum(1)
         is_ones_then_zeros = bool((new == (np.arange(new.shape[1]) < lengths[:, None])).all())

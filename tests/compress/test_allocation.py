@@ -5,6 +5,7 @@ import torch
 from toys import NAMES, toy
 
 from edgeprune import plugins
+from edgeprune.budget import HEAD_PRICE
 from edgeprune.groups import LayerWidths, check_keep, layer_widths
 from edgeprune.pruning import RATIO_TOLERANCE, Settings, allocate, make_problem, model_groups
 from edgeprune.shrink import linear_shapes, parameters_removed
@@ -86,6 +87,42 @@ def test_the_best_units_stay() -> None:
             assert scores[group.name][kept].min() >= scores[group.name][gone].max()
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "protect:1,1", "global"])
+def test_heads_that_are_kept_stay_whole(allocation: str) -> None:
+    model, groups, scores = scored()
+    settings = Settings(0.2, allocation=allocation, align=1, min_channels=4, heads="keep")
+    keep = allocate(model, groups, scores, settings)
+    assert {(widths.heads, widths.kv_heads) for widths in layer_widths(groups, keep)} == {(6, 3)}
+    assert abs(share_removed(model, groups, keep) - 0.2) < 0.01
+
+
+def test_even_takes_the_same_share_of_heads_and_channels() -> None:
+    model, groups, scores = scored(num_attention_heads=12, num_key_value_heads=12, head_dim=4)
+    keep = allocate(model, groups, scores, Settings(0.4, allocation="uniform", align=1, heads="even"))
+    widths = layer_widths(groups, keep)[0]
+    assert widths.heads / 12 == pytest.approx(widths.channels / 160, abs=0.05)
+
+
+def test_auto_takes_heads_where_their_score_is_the_lesser_loss() -> None:
+    model, groups, scores = scored()
+    cheap = {name: values * (1e-6 if "heads" in name else 1.0) for name, values in scores.items()}
+    dear = {name: values * (1e6 if "heads" in name else 1.0) for name, values in scores.items()}
+    settings = Settings(0.2, allocation="uniform", align=1)
+    assert layer_widths(groups, allocate(model, groups, cheap, settings))[0].heads < 6
+    assert layer_widths(groups, allocate(model, groups, dear, settings))[0].heads == 6
+
+
+def test_even_has_no_meaning_under_global() -> None:
+    model, groups, scores = scored()
+    with pytest.raises(EdgepruneError, match="even"):
+        allocate(model, groups, scores, Settings(0.2, allocation="global", heads="even"))
+
+
+def test_an_unknown_heads_mode_is_refused() -> None:
+    with pytest.raises(EdgepruneError, match="--heads"):
+        Settings(0.2, heads="some").check()
+
+
 def test_global_takes_from_the_layers_that_matter_least() -> None:
     model, groups, scores = scored()
     for group in groups:
@@ -122,7 +159,7 @@ def test_attention_choices_keep_the_best_heads_inside_the_best_kv_heads() -> Non
     assert choices[3, 1].keep_heads == (1, 3, 4)
     assert choices[1, 1].keep_kv_heads == (2,)
     assert choices[1, 2].keep_heads == (4, 5)
-    assert choices[2, 1].loss == pytest.approx(1.0 + 4.5 + 0.1)
+    assert choices[2, 1].loss == pytest.approx(HEAD_PRICE * (1.0 + 4.5 + 0.1))
 
 
 def test_at_least_one_head_and_min_channels_stay() -> None:

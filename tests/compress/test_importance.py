@@ -1,5 +1,7 @@
 """Every importance method against a slow literal version of its formula."""
 
+import statistics
+
 import pytest
 import torch
 from toys import toy
@@ -88,7 +90,7 @@ def test_attention_fusion_equals_its_formula(evidence: Evidence) -> None:
     keys = torch.stack([sum(query * c), sum(query * f)]) / UNITS
     lam_c, lam_f = (keys.exp() / keys.exp().sum()).tolist()
     expected = fine.mean() * (lam_c * c + lam_f * f)
-    torch.testing.assert_close(Method.parse("fusion").scores(GROUP, evidence), expected)
+    torch.testing.assert_close(Method.parse("fusion:attention").scores(GROUP, evidence), expected)
 
 
 def test_attention_leans_to_the_estimate_that_tells_units_apart() -> None:
@@ -97,12 +99,30 @@ def test_attention_leans_to_the_estimate_that_tells_units_apart() -> None:
     assert fusion.attention_weight(flat, flat) == pytest.approx(0.5)
 
 
-def test_inverse_variance_leans_to_the_estimate_whose_ranks_are_steadier() -> None:
-    steady = torch.arange(6.0).repeat(10, 1)
+def test_inverse_variance_equals_its_formula() -> None:
+    generator = torch.Generator().manual_seed(1)
+    coarse, fine = torch.rand(10, 6, generator=generator), 5 + torch.rand(10, 6, generator=generator)
+    variances = []
+    for samples in (coarse, fine):
+        relative = [[value / (sum(row) / 6) for value in row] for row in samples.tolist()]
+        columns = list(zip(*relative, strict=True))
+        variances.append(sum(statistics.variance(column) for column in columns) / 6)
+    expected = (1 / variances[0]) / (1 / variances[0] + 1 / variances[1])
+    assert fusion.inverse_variance_weight(coarse, fine) == pytest.approx(expected, rel=1e-4)
+    assert expected < 0.1
+
+
+def test_inverse_variance_gives_all_to_an_estimate_that_never_wavers() -> None:
+    steady = torch.arange(1.0, 7.0).repeat(10, 1)
     noisy = torch.rand(10, 6, generator=torch.Generator().manual_seed(1))
     assert fusion.inverse_variance_weight(steady, noisy) == 1.0
     assert fusion.inverse_variance_weight(noisy, steady) == 0.0
-    assert 0.3 < fusion.inverse_variance_weight(noisy, noisy.flip(1)) < 0.7
+    assert fusion.inverse_variance_weight(steady, steady) == 0.5
+
+
+def test_inverse_variance_needs_two_samples() -> None:
+    with pytest.raises(EdgepruneError, match="at least 2"):
+        fusion.inverse_variance_weight(torch.ones(1, 4), torch.ones(1, 4))
 
 
 def test_inverse_variance_runs_on_samples_of_a_model() -> None:

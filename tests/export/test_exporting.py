@@ -143,6 +143,28 @@ def test_command_refuses_an_unknown_graph_source(checkpoint: Path, tmp_path: Pat
     assert "auto, decoder, traced" in str(result.exception)
 
 
+def test_plain_names_of_graph_sources_are_held_against_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [exporting.graph_source_of("llama", name) for name in exporting.GRAPH_SOURCES] == [
+        "decoder",
+        "decoder",
+        "traced",
+    ]
+    monkeypatch.setattr("edgeprune.architectures.llama.SOURCE", "traced")
+    with pytest.raises(EdgepruneError, match="use --graph-source traced"):
+        exporting.graph_source_of("llama", "decoder")
+
+
+def test_command_reads_a_text_to_compare_on(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "out"), "-q", "--text"]
+    refused = CliRunner().invoke(app, [*arguments, str(tmp_path / "binary.txt")])
+    assert isinstance(refused.exception, EdgepruneError)
+    assert "is not UTF-8" in str(refused.exception)
+    (tmp_path / "text.txt").write_text("A cat sat on the mat and looked at the sea.\n" * 9)
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "text.txt")])
+    assert (result.exit_code, result.output) == (0, "")
+
+
 def test_really_trained_model_exports_and_validates(stories260k: Path, tmp_path: Path) -> None:
     manifest = export(stories260k, tmp_path / "bundle")
     assert manifest.plan is None

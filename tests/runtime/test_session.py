@@ -71,6 +71,49 @@ def test_long_prompt_goes_in_by_pieces(both: Decoder, monkeypatch: pytest.Monkey
     assert cache.tokens == len(ROWS[0])
 
 
+@pytest.mark.parametrize("padding", ["both", "right"])
+def test_long_batch_of_equal_rows_equals_rows_alone(
+    both: Decoder, right: Decoder, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = both if padding == "both" else right
+    monkeypatch.setattr("edgeprune_runtime.session.PREFILL_CHUNK_TOKENS", 6)
+    rows = [ROWS[0], ROWS[0][::-1]]
+    batch, cache = decoder.prefill(rows)
+    np.testing.assert_allclose(batch, np.concatenate([decoder.prefill([row])[0] for row in rows]), atol=ATOL)
+    assert cache.tokens == len(ROWS[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6, 7, 12, 13])
+def test_last_piece_may_be_of_any_length(both: Decoder, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ROWS[0][:tokens]
+    full, _ = both.forward(np.array([row]))
+    monkeypatch.setattr("edgeprune_runtime.session.PREFILL_CHUNK_TOKENS", 6)
+    np.testing.assert_allclose(both.prefill([row])[0], full[:, -1], atol=ATOL)
+
+
+def test_equal_rows_need_no_padding_and_are_taken_on_either_side(right: Decoder) -> None:
+    left, _ = right.prefill([ROWS[0], ROWS[0]], side="left")
+    np.testing.assert_allclose(left, right.prefill([ROWS[0], ROWS[0]])[0], atol=ATOL)
+
+
+def test_several_tokens_of_several_rows_behind_a_cache_are_refused(both: Decoder) -> None:
+    ids = np.array([ROWS[0], ROWS[0]])
+    _, cache = both.forward(ids[:, :5])
+    with pytest.raises(EdgepruneError, match="give the rows one by one"):
+        both.forward(ids[:, 5:], cache=cache)
+    both.forward(ids[:, 5:6], cache=cache)
+
+
+def test_padding_on_both_sides_is_taken_and_holes_in_a_first_prompt_are_refused(both: Decoder) -> None:
+    ids = np.array([ROWS[0][:6]])
+    around = np.array([[0, 1, 1, 1, 1, 0]], bool)
+    alone, _ = both.forward(ids[:, 1:5])
+    np.testing.assert_allclose(both.forward(ids, around)[0][:, 1:5], alone, atol=ATOL)
+    for mask in ([1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 1, 0]):
+        with pytest.raises(EdgepruneError, match="zeros between its tokens"):
+            both.forward(ids, np.array([mask], bool))
+
+
 def test_context_is_not_exceeded(both: Decoder) -> None:
     _, cache = both.prefill([[1] * CONTEXT])
     with pytest.raises(EdgepruneError, match=f"{CONTEXT + 1} tokens were asked for"):

@@ -1,0 +1,57 @@
+"""The command line called in this process, and a tiny model to compress."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import toys
+from exported import letter_tokenizer
+
+from edgeprune import checkpoint
+from edgeprune.cli import main
+from edgeprune.groups import layer_widths
+from edgeprune.pruning import model_groups
+
+SENTENCES = (
+    "The cook put salt on the eggs. A ship came home at noon, and the wind fell. Who sold the red hat? 12 cats!\n"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+Invoke = Callable[..., Outcome]
+
+
+def invoke(*arguments: object) -> Outcome:
+    """Run `edgeprune ARGUMENTS` as the installed command would."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    argv = ["edgeprune", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def save_toy(folder: Path, **changes: Any) -> Path:
+    """A tiny Llama in Hugging Face form, with a tokenizer of letters and a chat template."""
+    sizes = {"head_dim": 16, "num_hidden_layers": 4, "max_position_embeddings": 160} | changes
+    model = toys.toy("llama", **sizes)
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    checkpoint.save(model, tokenizer, None, layer_widths(model_groups(model), {}), folder)
+    return folder

@@ -1,0 +1,159 @@
+"""A folder appears whole or not at all, whatever goes wrong, and an earlier one is never lost."""
+
+import errno
+import logging
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.output import atomic_folder, check_output, check_space
+
+MARKER = "marker.json"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def earlier(folder: Path, marker: str = MARKER) -> Path:
+    folder.mkdir()
+    (folder / marker).write_text("earlier")
+    return folder
+
+
+def check(out: Path, *, force: bool = False) -> None:
+    check_output(out, force=force, marker=MARKER, what="a thing")
+
+
+def test_folder_is_hidden_until_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with atomic_folder(out) as part:
+        (part / "file").write_text("content")
+        assert part.parent == out.parent
+        assert part.name.startswith(".out.")
+        assert not out.exists()
+    assert names(out) == {"file"}
+    assert names(out.parent) == {"out"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing_and_keeps_the_earlier_one(tmp_path: Path, error: type[BaseException]) -> None:
+    out = earlier(tmp_path / "out")
+
+    def write_half() -> None:
+        with atomic_folder(out) as part:
+            (part / "file").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert names(tmp_path) == {"out"}
+    assert (out / MARKER).read_text() == "earlier"
+
+
+def test_new_one_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
+    out = earlier(tmp_path / "out")
+    with atomic_folder(out) as part:
+        (part / MARKER).write_text("new")
+    assert names(tmp_path) == {"out"}
+    assert (out / MARKER).read_text() == "new"
+
+
+def test_failed_swap_brings_the_earlier_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = earlier(tmp_path / "out")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(out):
+        pass
+    assert names(tmp_path) == {"out"}
+    assert (out / MARKER).read_text() == "earlier"
+
+
+@pytest.mark.parametrize("next_run", ["check", "write"])
+def test_next_run_puts_back_what_a_dead_run_moved_aside(
+    tmp_path: Path, next_run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    earlier(tmp_path / ".out.0123abcd.old")
+    (tmp_path / ".out.0123abcd.part").mkdir()
+    (tmp_path / ".out.notours.old").mkdir()
+    with caplog.at_level(logging.WARNING):
+        if next_run == "check":
+            with pytest.raises(EdgepruneError, match="exists already"):
+                check(tmp_path / "out")
+        else:
+            with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out"):
+                raise RuntimeError
+    assert (tmp_path / "out" / MARKER).read_text() == "earlier"
+    assert "put back" in caplog.text
+
+
+def test_what_a_killed_run_left_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".out.0123abcd.part", ".other.0123abcd.part", ".outer.0123abcd.part"):
+        (tmp_path / name).mkdir()
+    with caplog.at_level(logging.WARNING):
+        check(tmp_path / "out")
+    assert ".out.0123abcd.part" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no disk space left"),
+        (errno.EDQUOT, "no disk space left"),
+        (errno.EROFS, "you may write to"),
+        (errno.EACCES, "you may write to"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, code: int, message: str) -> None:
+    with pytest.raises(EdgepruneError, match=message), atomic_folder(tmp_path / "out"):
+        raise OSError(code, "no")
+    assert not names(tmp_path)
+
+
+def test_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgepruneError, match="no folder to write to"):
+        check(tmp_path / "file" / "out")
+    with pytest.raises(EdgepruneError, match="cannot write"), atomic_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_only_a_folder_of_the_same_kind_is_replaced_and_only_by_force(tmp_path: Path) -> None:
+    check(tmp_path / "absent")
+    ours, foreign = earlier(tmp_path / "ours"), earlier(tmp_path / "foreign", "thesis.txt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(ours)
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    for out in (ours, foreign, tmp_path / "empty", tmp_path / "link", tmp_path / "dangling"):
+        with pytest.raises(EdgepruneError, match="exists already"):
+            check(out)
+    check(ours, force=True)
+    check(tmp_path / "empty", force=True)
+    for out in (foreign, tmp_path / "link", tmp_path / "dangling"):
+        with pytest.raises(EdgepruneError, match="is not a thing, so --force does not replace it"):
+            check(out, force=True)
+
+
+def test_room_is_that_of_the_disk_the_folder_will_lie_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> object:
+        asked.append(path)
+        return usage(100, 0, 10**6)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    check_space(tmp_path / "not" / "yet" / "out", 10**6)
+    with pytest.raises(EdgepruneError, match="2 MB are needed, 1 MB are free"):
+        check_space(tmp_path / "not" / "yet" / "out", 2 * 10**6)
+    assert asked == [tmp_path, tmp_path]
