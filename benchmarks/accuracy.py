@@ -206,7 +206,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", help="another text than C4, as `edgeprune compress` takes it")
     parser.add_argument("--calibration-sequences", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--calibration-tokens", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--gradient-sequences", type=int, default=Settings.gradient_sequences, help="default: 32")
+    parser.add_argument(
+        "--gradient-sequences", type=int, default=Settings.gradient_sequences, help="default: %(default)s"
+    )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the statistics")
     return parser.parse_args()
 

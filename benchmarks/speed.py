@@ -7,9 +7,10 @@ Prefill and decode are different regimes and are reported apart. Prefill multipl
 is bound by arithmetic; decoding one token at a time reads every weight once per token and is bound by memory bandwidth.
 A cut of the weights helps both, but not equally, and the vocabulary projection, which is not cut, weighs on both.
 
-Each round is a fresh process per bundle, the bundles take turns (dense, pruned, dense, ...), and ratios are taken
-within a round, so a machine that slows down slows both sides; the interval is a bootstrap over rounds. To see how much
-of a ratio could be noise, give the dense bundle as --pruned too: its interval must hold 1.
+Each round is a fresh process per bundle, the bundles take turns (dense, pruned, pruned, dense, ...), and ratios are
+taken within a round, so a machine that slows down slows both sides; the interval is Student's t on the logarithms of
+the rounds' ratios. To see how much of a ratio could be noise, give the dense bundle as --pruned too: its interval must
+hold 1.
 """
 
 from dataclasses import replace

@@ -4,6 +4,7 @@ Attention of a layer has few choices, (KV heads, query heads per KV head) pairs;
 steps of `align`. Every choice keeps the units with the highest scores, so a choice is named by its counts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ parameters cost SmolLM2-135M a tenth more perplexity (WikiText-2 valid) than at 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """One way to cut the attention of a layer: which heads stay, what leaves, and the scores lost with it."""
+    """One way to cut the attention of a layer: which heads stay, what leaves, and the lost score times `HEAD_PRICE`."""
 
     kv_heads: int
     heads_each: int
@@ -103,6 +104,7 @@ class Problem:
         min_channels: no MLP keeps fewer channels than this (or than it has).
         heads: how heads compete with channels: "auto" by lost score, "even" by the same share of both ("global" has
             no such share), "keep" not at all.
+        largest_share: no MLP loses a larger share of its channels than this.
     """
 
     layers: Sequence[Layer]
@@ -110,6 +112,7 @@ class Problem:
     align: int
     min_channels: int
     heads: Heads = "auto"
+    largest_share: float = 1.0
 
     def channel_cost(self, layer: Layer) -> int:
         """Parameters of one channel."""
@@ -118,7 +121,7 @@ class Problem:
     def channel_counts(self, layer: Layer) -> list[int]:
         """Channel counts the layer may keep, descending, the uncut one first."""
         units = layer.channels.units
-        floor = min(self.min_channels, units)
+        floor = min(max(self.min_channels, math.ceil((1 - self.largest_share) * units)), units)
         first = -(-floor // self.align) * self.align
         aligned = list(range(first, units, self.align)) or ([] if first >= units else [first])
         return [units, *reversed(aligned)]

@@ -38,7 +38,7 @@ from edgeprune.configs import (
 from edgeprune.groups import LayerWidths
 from edgeprune.plan import PrunePlan
 from edgeprune.shrink import set_widths
-from edgeprune.weights import SAFETENSORS_FILE, TensorHeader, read_headers, read_json
+from edgeprune.weights import SAFETENSORS_FILE, TensorHeader, read_headers, read_json, weight_files
 from edgeprune_runtime import output
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.output import atomic_folder, check_space
@@ -46,6 +46,7 @@ from edgeprune_runtime.output import atomic_folder, check_space
 # Space for everything that is not weights (tokenizer, configs) and for the file system's own bookkeeping.
 SPARE_BYTES = 32 * 2**20
 PROBE_TOKENS = 16
+FOLDER_KIND = "a checkpoint folder"
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 LOADING_KEYS = {"is_local", "local_files_only", "name_or_path"}  # how the tokenizer was loaded, not what it is
@@ -85,8 +86,7 @@ def load_pruned(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTr
         if config.is_heterogeneous
         else getattr(transformers, base)
     )
-    if headers is not None:
-        _check_shapes(folder, model_class, config, headers)
+    _check_sizes(folder, model_class, config, headers)
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -166,7 +166,7 @@ def save(
     tensors = _tensors(model)
     size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     check_space(out, size_bytes + SPARE_BYTES)
-    with atomic_folder(out) as part:
+    with atomic_folder(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND) as part:
         return _write(part, out, model, tokenizer, plan, widths, tensors)
 
 
@@ -176,7 +176,7 @@ def check_output(out: Path, force: bool) -> None:
     Raises:
         EdgepruneError: if it exists and may not be replaced.
     """
-    output.check_output(out, force=force, marker=CONFIG_FILE, what="a checkpoint folder")
+    output.check_output(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND)
 
 
 def _write(
@@ -315,22 +315,52 @@ def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: state[name].detach().cpu().contiguous() for name in first_names.values()}
 
 
-def _check_shapes(
-    folder: Path, model_class: Any, config: PreTrainedConfig, headers: Mapping[str, TensorHeader]
+def _check_sizes(
+    folder: Path, model_class: Any, config: PreTrainedConfig, headers: Mapping[str, TensorHeader] | None
 ) -> None:
-    """Hold the shapes that the config leads to against those in the files, before memory is taken."""
-    if not 0 < config.num_hidden_layers <= len(headers):
+    """Hold the tensors that the config leads to against those in the files, before memory is taken."""
+    if headers is not None and config.num_hidden_layers > len(headers):
         raise EdgepruneError(
             f"{folder / CONFIG_FILE} says {config.num_hidden_layers} layers, the weights hold {len(headers)} tensors"
         )
     try:
         with torch.device("meta"):
-            expected = model_class(copy.deepcopy(config)).state_dict()
+            model: PreTrainedModel = model_class(copy.deepcopy(config))
     except CONFIG_ERRORS as error:
         raise EdgepruneError(f"{folder / CONFIG_FILE} describes no model: {one_line(error)}") from error
-    for name, header in headers.items():
+    if headers is None:
+        _check_pickle_sizes(folder, model)
+    else:
+        _check_shapes(folder, model, headers)
+
+
+def _check_shapes(folder: Path, model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> None:
+    expected = model.state_dict()
+    missing = set(expected) - set(model.all_tied_weights_keys or ())
+    for stored_name, header in headers.items():
+        # A file of the bare decoder lacks the prefix; transformers puts it before the names.
+        name = stored_name if stored_name in expected else f"{model.base_model_prefix}.{stored_name}"
         if name in expected and tuple(expected[name].shape) != header.shape:
             raise EdgepruneError(
                 f"{folder}: {name} has the shape {header.shape}, its config expects {tuple(expected[name].shape)}; "
                 "config and weights do not belong together"
             )
+        missing.discard(name)
+    # Of two tied tensors either may be the one in the file.
+    missing -= {source for tied, source in (model.all_tied_weights_keys or {}).items() if tied in headers}
+    if missing:
+        raise EdgepruneError(
+            f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all); config and weights do not belong "
+            "together"
+        )
+
+
+def _check_pickle_sizes(folder: Path, model: PreTrainedModel) -> None:
+    """Torch files tell no shapes before they are read, but no number in them takes less than one byte."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    if count > size_bytes:
+        raise EdgepruneError(
+            f"{folder / CONFIG_FILE} describes {count:,} parameters, the weight files have {size_bytes:,} bytes; "
+            "config and weights do not belong together"
+        )

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class PrunePlan:
     keep: Mapping[str, Sequence[int]]
     units: Mapping[str, int]
     notes: Sequence[str] = field(default_factory=tuple)
+    heads: str = "auto"
 
     def to_json(self) -> str:
         """The plan as one JSON document."""
@@ -68,13 +70,22 @@ class PrunePlan:
             if version != SCHEMA_VERSION:
                 raise EdgepruneError(f"plan has schema_version {version!r}; this edgeprune reads {SCHEMA_VERSION}")
             calibration = data.pop("calibration")
-            keep = {str(name): tuple(int(unit) for unit in units) for name, units in data.pop("keep").items()}
-            rest: dict[str, Any] = data | {"notes": tuple(data["notes"])}
-            return cls(
-                **rest,
+            keep = {str(name): tuple(index(unit) for unit in units) for name, units in data.pop("keep").items()}
+            units = {str(name): index(count) for name, count in data.pop("units").items()}
+            notes = tuple(data.pop("notes"))
+            if not all(isinstance(note, str) for note in notes):
+                raise TypeError("a note is no text")
+            plan = cls(
+                **data,
                 keep=keep,
+                units=units,
+                notes=notes,
                 calibration=CalibrationRecord(**calibration) if calibration else None,
             )
+            _check_types(plan)
+            if plan.calibration:
+                _check_types(plan.calibration)
+            return plan
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise EdgepruneError(
                 f"not an edgeprune plan ({error}); expected the plan.json that `compress` wrote"
@@ -94,4 +105,22 @@ class PrunePlan:
         path = folder / PLAN_FILE
         if not path.is_file():
             raise EdgepruneError(f"{folder} has no {PLAN_FILE}; expected a folder written by `edgeprune compress`")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EdgepruneError(
+                f"cannot read {path} ({error}); expected the plan.json that `compress` wrote"
+            ) from error
+        return cls.from_json(text)
+
+
+def _check_types(record: PrunePlan | CalibrationRecord) -> None:
+    """Raise TypeError for the first text or number that is none."""
+    for spec in fields(record):
+        value: object = getattr(record, spec.name)
+        if spec.type is float:
+            fits = isinstance(value, float) or type(value) is int
+        else:
+            fits = spec.type not in (str, int) or type(value) is spec.type
+        if not fits:
+            raise TypeError(f"{spec.name} is {value!r:.80}")

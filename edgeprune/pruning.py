@@ -53,7 +53,7 @@ class Settings:
     refit: bool = True
     align: int = 32
     min_channels: int = 64
-    gradient_sequences: int = 48
+    gradient_sequences: int = 32
     heads: Heads = "auto"
 
     def check(self) -> None:
@@ -71,8 +71,12 @@ class Settings:
             )
         if self.heads not in get_args(Heads):
             raise EdgepruneError(f"unknown --heads {self.heads!r}; expected {', '.join(get_args(Heads))}")
-        Method.parse(self.method)
-        plugins.find("allocation", self.allocation.partition(":")[0], "allocation")
+        if Method.parse(self.method).sampled and self.gradient_sequences < 2:
+            raise EdgepruneError(
+                f"method {self.method} compares calibration samples; expected --gradient-sequences >= 2"
+            )
+        name, _, argument = self.allocation.partition(":")
+        plugins.find("allocation", name, "allocation").check(argument or None, self.heads)
 
 
 def check_ratio(ratio: float) -> None:
@@ -123,6 +127,7 @@ def make_plan(
         groups,
         calibration.ids,
         Method.parse(settings.method),
+        with_moments=settings.refit,
         dtype=dtype,
         gradient_sequences=settings.gradient_sequences,
         progress=progress,
@@ -137,6 +142,7 @@ def make_plan(
         model_type=model.config.model_type,
         method=settings.method,
         allocation=settings.allocation,
+        heads=settings.heads,
         refit="least-squares" if settings.refit else "none",
         ratio_asked=settings.ratio,
         ratio_reached=gone / before,
@@ -162,7 +168,7 @@ def allocate(
     """Keep list that removes `settings.ratio` of all parameters.
 
     Raises:
-        EdgepruneError: if the layers cannot give so much.
+        EdgepruneError: if the layers cannot give so much, or not under this allocation.
     """
     problem = make_problem(model, groups, scores, settings)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -176,6 +182,13 @@ def allocate(
     method = plugins.find("allocation", name, "allocation")
     keep: dict[str, tuple[int, ...]] = method.allocate(problem, argument or None)
     check_keep(groups, keep)
+    reached = parameters_removed(groups, keep, linear_shapes(model, groups))
+    step = settings.align * sum(problem.channel_cost(layer) for layer in problem.layers)
+    if abs(reached - problem.remove) > max(RATIO_TOLERANCE * total, step / 2):
+        raise EdgepruneError(
+            f"allocation {settings.allocation} reaches a ratio of {reached / total:.3f} instead of {settings.ratio:g}: "
+            "the layers that it may cut cannot give more; ask for less, or for another allocation"
+        )
     return keep
 
 

@@ -101,10 +101,14 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
     Raises:
         EdgepruneError: if there is no such model, it is incomplete or damaged, or its architecture cannot be pruned.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the system, or the home of nobody
+        raise EdgepruneError(f"{name!r} is no usable path ({one_line(error)}); expected {FORMS}") from error
+    if is_folder:
         return _open_folder(name, path, trust_remote_code)
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() != ".gguf":
             raise EdgepruneError(f"{name} is a file but no .gguf file; expected {FORMS} or one of {', '.join(NAMED)}")
         return _open_gguf(name, path)
@@ -147,7 +151,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     folder = _fetch(source) if source.kind == "hub" else source.path
     try:
         if source.kind == "gguf":
-            return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                folder.parent, gguf_file=folder.name, local_files_only=True, trust_remote_code=False
+            )
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise EdgepruneError(
                 f"{source.name} has no tokenizer; expected {' or '.join(TOKENIZER_FILES[:2])} in {folder}"
@@ -316,6 +322,8 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             local_files_only=True,
+            # None would ask, and a GGUF file brings no code: what lies beside it is another model's.
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:

@@ -37,15 +37,9 @@ SAMPLES = 8
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of the inputs of one Linear over the calibration tokens.
-
-    Attributes:
-        gram: `(K, K)` float32, X^T X / tokens.
-        mean: `(K,)` float32.
-    """
+    """Second moments of the inputs of one Linear: `gram` `(K, K)` float32 is X^T X / tokens."""
 
     gram: torch.Tensor
-    mean: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,8 @@ class Stats:
     """What one pass over the calibration tokens found.
 
     Attributes:
-        moments: module name of each Linear that reads units (o_proj, down_proj) -> moments of its inputs.
+        moments: module name of each Linear that reads units (o_proj, down_proj) -> moments of its inputs; empty where
+            nobody asked for them.
         scores: group name -> float32 `(units,)`, higher = keep.
         loss: mean cross entropy in nats over the tokens the gradients saw; None if the method reads no gradients.
     """
@@ -84,6 +79,8 @@ class Method:
             raise EdgepruneError(
                 f"importance method {name!r} takes no argument; expected --method {name}, got {spec!r}"
             )
+        if hasattr(module, "check"):
+            module.check(argument or None)
         return cls(name, argument or None, module)
 
     @property
@@ -110,6 +107,7 @@ def gather(
     ids: torch.Tensor,
     method: Method,
     *,
+    with_moments: bool = True,
     dtype: torch.dtype = torch.float32,
     gradient_sequences: int | None = None,
     progress: Progress = lambda stage, done, total: None,
@@ -121,6 +119,7 @@ def gather(
         groups: its groups.
         ids: calibration tokens.
         method: the importance method.
+        with_moments: gather the moments (the refit reads them) even if the method does not.
         dtype: of the matrix products (float32 or bfloat16); sums are float32 in both.
         gradient_sequences: how many of the sequences the gradients see; all by default. Every block's input is held
             for these.
@@ -140,7 +139,7 @@ def gather(
         progress("statistics", layer, walk.layers)
         if graded:
             block_inputs.append(hidden[:graded].to(dtype))
-        hidden, of_layer = walk.forward(layer, hidden)
+        hidden, of_layer = walk.forward(layer, hidden, with_moments=with_moments or "inputs" in method.needs)
         moments |= of_layer
         if not wants_gradients:
             for group in walk.groups[layer]:
@@ -192,14 +191,17 @@ class BlockWalk:
         self._calls = [recorder.arguments for recorder in recorders]
         return torch.cat(hidden)
 
-    def forward(self, layer: int, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, Moments]]:
+    def forward(
+        self, layer: int, hidden: torch.Tensor, *, with_moments: bool = True
+    ) -> tuple[torch.Tensor, dict[str, Moments]]:
         """Output of a block `(N, T, D)` and the moments of the inputs of its Linears that read units."""
-        inner = [slot for group in self.groups[layer] for slot in group.slots if slot.side == "in"]
+        slots = [slot for group in self.groups[layer] for slot in group.slots]
+        inner = [slot for slot in slots if slot.side == "in" and with_moments]
         out = torch.empty_like(hidden)
         with torch.no_grad(), _input_sums(self.model, inner) as sums:
             for rows in torch.arange(len(hidden)).split(self._batch):
                 out[rows] = self._call(layer, hidden[rows]).to(out.dtype)
-        return out, {name: Moments(gram / count, total / count) for name, (gram, total, count) in sums.items()}
+        return out, {name: Moments(gram / count) for name, (gram, count) in sums.items()}
 
     def loss_gradient(self, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Mean next-token cross entropy over all tokens, and its gradient for the last block's output `(S, T, D)`."""
@@ -279,7 +281,6 @@ class BlockWalk:
                     gradient=_channels(gradients[slot.module], slot, rows) if gradients else None,
                     fisher=_channels(squares[slot.module], slot, rows) if squares else None,
                     input_sq_mean=of_inputs.gram.diagonal()[rows] if of_inputs else None,
-                    input_mean=of_inputs.mean[rows] if of_inputs else None,
                 )
             )
         return Evidence(tuple(slots), samples or {})
@@ -342,17 +343,17 @@ def _blocks_replaced(model: Any, name: str, stand_ins: Sequence[nn.Module]) -> I
 
 
 @contextmanager
-def _input_sums(model: Any, slots: Sequence[Slot]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor, int]]]:
-    """Per module: X^T X `(K, K)`, sum of X `(K,)` and the number of tokens, filled while the block inside runs."""
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+def _input_sums(model: Any, slots: Sequence[Slot]) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
+    """Per module: X^T X `(K, K)` and the number of tokens, filled while the block inside runs."""
+    sums: dict[str, tuple[torch.Tensor, int]] = {}
     hooks = []
     for slot in slots:
         module = model.get_submodule(slot.module)
 
         def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = slot.module) -> None:
             x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            gram, total, count = sums.get(name, (torch.zeros(x.shape[1], x.shape[1]), torch.zeros(x.shape[1]), 0))
-            sums[name] = (gram.addmm_(x.T, x), total + x.sum(0), count + len(x))
+            gram, count = sums.get(name, (torch.zeros(x.shape[1], x.shape[1]), 0))
+            sums[name] = (gram.addmm_(x.T, x), count + len(x))
 
         hooks.append(module.register_forward_pre_hook(add))
     try:

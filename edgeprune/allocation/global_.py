@@ -6,23 +6,30 @@ first and last blocks get no protection but their own scores.
 """
 
 import heapq
+from dataclasses import replace
 
-from edgeprune.budget import AttentionChoice, Cut, Problem, channel_loss, keep_list, settle
+from edgeprune.budget import AttentionChoice, Cut, Heads, Problem, channel_loss, keep_list, settle
 from edgeprune_runtime.errors import EdgepruneError
 
 LARGEST_SHARE = 0.75
 """A score is a local estimate: it says little about a layer that has lost nearly everything."""
 
 
-def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
-    """Keep list by greedy removal of the step with the least lost score per parameter.
+def check(argument: str | None, heads: Heads) -> None:
+    """Check what the user wrote, before any long work.
 
     Raises:
-        EdgepruneError: if the argument is not a share between 0 and 1.
+        EdgepruneError: if the argument is not a share above 0 and at most 1, or heads shall give an even share.
     """
-    if problem.heads == "even":
+    if heads == "even":
         raise EdgepruneError("--heads even has no meaning under --allocation global; expected auto or keep")
+    _share(argument)
+
+
+def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
+    """Keep list by greedy removal of the step with the least lost score (of heads: times their price) per parameter."""
     largest = _share(argument)
+    problem = replace(problem, largest_share=largest)
     cut: Cut = {i: (layer.attention_choices[0], layer.channels.units) for i, layer in enumerate(problem.layers)}
     heap: list[tuple[float, int, str]] = []
     for i in cut:
@@ -70,7 +77,7 @@ def _next(
     if part == "channels":
         counts = problem.channel_counts(layer)
         to = counts.index(channels) + 1
-        if to >= len(counts) or counts[to] < (1 - largest) * layer.channels.units:
+        if to >= len(counts):
             return None
         parameters = (channels - counts[to]) * problem.channel_cost(layer)
         return channel_loss(layer, channels, counts[to]) / parameters, attention, counts[to], parameters

@@ -7,30 +7,38 @@ and a sixteenth at the back (4 and 2 of 32), rounded up.
 
 import math
 
-from edgeprune.budget import Problem, cut_evenly, keep_list
+from edgeprune.budget import Heads, Problem, cut_evenly, keep_list
 from edgeprune_runtime.errors import EdgepruneError
+
+
+def check(argument: str | None, heads: Heads) -> None:
+    """Check what the user wrote, before any long work.
+
+    Raises:
+        EdgepruneError: if the argument is not two counts.
+    """
+    if argument is not None:
+        _counts(argument)
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
     """Keep list that leaves the protected layers alone.
 
     Raises:
-        EdgepruneError: if the argument is not two counts, or too few layers are left to give what is asked.
+        EdgepruneError: if no layer is left to give.
     """
     layers = len(problem.layers)
-    first, last = protected(layers, argument)
+    first, last = (math.ceil(layers / 8), math.ceil(layers / 16)) if argument is None else _counts(argument)
+    if first + last >= layers:
+        raise EdgepruneError(
+            f"protect:{first},{last} leaves none of the {layers} layers to cut; expected FIRST+LAST below {layers}"
+        )
     cut = cut_evenly(problem, range(first, layers - last), same_widths=False)
     return keep_list(problem, cut)
 
 
-def protected(layers: int, argument: str | None) -> tuple[int, int]:
-    """Numbers of first and last blocks that stay whole."""
-    if argument is None:
-        return math.ceil(layers / 8), math.ceil(layers / 16)
+def _counts(argument: str) -> tuple[int, int]:
     first, _, last = argument.partition(",")
-    if not (first.isdigit() and last.isdigit()) or int(first) + int(last) >= layers:
-        raise EdgepruneError(
-            f"protect:{argument} does not leave a layer to cut; expected protect:FIRST,LAST with FIRST+LAST "
-            f"below {layers}"
-        )
+    if not (first.isdecimal() and last.isdecimal()):
+        raise EdgepruneError(f"protect:{argument} is not two counts; expected protect:FIRST,LAST such as protect:4,2")
     return int(first), int(last)

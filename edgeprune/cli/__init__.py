@@ -1,6 +1,7 @@
 """The command line. Heavy packages are imported inside the commands, so that `--help` answers at once."""
 
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -18,6 +19,13 @@ app = typer.Typer(
 )
 
 
+class _CurrentStderr(logging.Handler):
+    """Logs to what stderr is when a record comes: a progress bar takes its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"edgeprune {edgeprune_runtime.__version__}")
@@ -32,14 +40,18 @@ def _root(
     ] = False,
 ) -> None:
     logging.basicConfig(
-        stream=sys.stderr,
+        handlers=[_CurrentStderr()],
         level=logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
 
 
 def main() -> None:
-    """Entry point: runs the app; an `EdgepruneError` becomes one line on stderr and its exit code."""
+    """Entry point: runs the app; an `EdgepruneError` becomes one line on stderr and its exit code.
+
+    SIGTERM ends it as an interrupt does, so that what was half-written is cleared away.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except EdgepruneError as error:

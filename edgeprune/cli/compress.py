@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
     from edgeprune_runtime.text import Text
 
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
+DENSE_CHECKPOINT = "dense-checkpoint"
+OUTPUT_KIND = "an output of compress"
 DTYPES = ("auto", "float32", "bfloat16")
 FLOAT32_BYTES = 4
 SPARE_BYTES = 128 << 20
 """Room for the graphs, tokenizers, golden data and reports beside the weights."""
 PRUNING, CALIBRATING, MEASURING = "How to prune", "Calibration text", "Checks at the end"
-HELD_OUT_SHARE = 8
-"""One of so many calibration sequences is held out to measure perplexity on when no --eval-text is given."""
+DEFAULT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Options:
     graph_source: str
     eval_text: Path | None
     eval_rows_joined: bool
-    eval_window: int
+    eval_window: int | None
     eval_windows: int
     rounds: int
     prompt_tokens: int
@@ -123,7 +125,7 @@ def compress(
     ] = None,
     calibration_sequences: Annotated[
         int, typer.Option(help="Sequences of calibration text.", rich_help_panel=CALIBRATING)
-    ] = 128,
+    ] = 64,
     calibration_tokens: Annotated[
         int, typer.Option(help="Tokens of each sequence.", rich_help_panel=CALIBRATING)
     ] = 512,
@@ -152,7 +154,14 @@ def compress(
             rich_help_panel=MEASURING,
         ),
     ] = False,
-    eval_window: Annotated[int, typer.Option(help="Tokens of a perplexity window.", rich_help_panel=MEASURING)] = 1024,
+    eval_window: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of a perplexity window of --eval-text; default: {DEFAULT_WINDOW}.",
+            show_default=False,
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
     eval_windows: Annotated[int, typer.Option(help="Perplexity windows at most.", rich_help_panel=MEASURING)] = 8,
     rounds: Annotated[
         int, typer.Option(help="Fresh processes per bundle in the latency check.", rich_help_panel=MEASURING)
@@ -237,6 +246,8 @@ def compress(
 
 def _compress(options: Options) -> None:
     """The whole job: load, calibrate, plan, cut, save, export, measure, report."""
+    # tqdm reads it once, when the imports below import it: bars of other libraries would run across ours
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from edgeprune import calibration as calibrating
     from edgeprune.checkpoint import save
     from edgeprune.cli.stages import Stages
@@ -264,7 +275,7 @@ def _compress(options: Options) -> None:
     memory_bytes = parse_size(options.memory) if options.memory is not None else None
     text = _read_eval_text(options)
     if not options.dry_run:
-        check_output(options.output, force=options.force, marker=REPORT_FILE, what="an output of compress")
+        check_output(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND)
     source = open_source(options.model, options.trust_remote_code)
     graph_source = graph_source_of(source.model_type, options.graph_source)
     stages = Stages(options.quiet)
@@ -304,24 +315,24 @@ def _compress(options: Options) -> None:
     if options.dry_run:
         return
 
-    with atomic_folder(options.output) as folder:
+    with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
+        with stages.stage("refit, cut and save") as step:
+            save(model, tokenizer, None, before, folder / DENSE_CHECKPOINT)
+            errors = apply_plan(
+                model, plan, stats.moments, progress=lambda phase, done, total: step(phase, done / total)
+            )
+            save(model, tokenizer, plan, after, folder / CHECKPOINT)
+            # the exports load what they need; all of it at once would be too much for a small machine
+            del model, stats
         with stages.stage("export the dense model to compare with") as step:
-            save(model, tokenizer, None, before, folder / "dense-checkpoint")
             export(
-                folder / "dense-checkpoint",
+                folder / DENSE_CHECKPOINT,
                 folder / DENSE,
                 graph_source=graph_source,
                 name=f"{source.name} (dense)",
                 progress=step,
             )
-            shutil.rmtree(folder / "dense-checkpoint")
-        with stages.stage("refit, cut and save") as step:
-            errors = apply_plan(
-                model, plan, stats.moments, progress=lambda phase, done, total: step(phase, done / total)
-            )
-            del stats
-            save(model, tokenizer, plan, after, folder / CHECKPOINT)
-            del model
+            shutil.rmtree(folder / DENSE_CHECKPOINT)
         with stages.stage("export to ONNX and check it against torch") as step:
             export(
                 folder / CHECKPOINT,
@@ -371,7 +382,7 @@ def _check_measuring(options: Options) -> None:
     least = {
         "calibration-sequences": (options.calibration_sequences, 1),
         "calibration-tokens": (options.calibration_tokens, 2),
-        "eval-window": (options.eval_window, 2),
+        "eval-window": (options.eval_window or DEFAULT_WINDOW, 2),
         "eval-windows": (options.eval_windows, 1),
         "rounds": (options.rounds, 1),
         "prompt-tokens": (options.prompt_tokens, 1),
@@ -380,6 +391,11 @@ def _check_measuring(options: Options) -> None:
     for name, (value, at_least) in least.items():
         if value < at_least:
             raise EdgepruneError(f"--{name} is {value}; at least {at_least} was expected")
+    if options.eval_text is None and (options.eval_window is not None or options.eval_rows_joined):
+        raise EdgepruneError(
+            "--eval-window and --eval-rows-joined go with --eval-text; without a text, the windows are held-out "
+            "calibration sequences"
+        )
     gates = {
         "max-perplexity-ratio": options.max_perplexity_ratio,
         "min-decode-speedup": options.min_decode_speedup,
@@ -415,25 +431,24 @@ def _check_fits(
             f"context holds {context_tokens}; lower --prompt-tokens or --generate-tokens"
         )
     if text is not None:
-        if options.eval_window > context_tokens:
-            raise EdgepruneError(
-                f"--eval-window is {options.eval_window}, the model's context holds {context_tokens}; lower it"
-            )
+        window = options.eval_window or DEFAULT_WINDOW
+        if window > context_tokens:
+            raise EdgepruneError(f"--eval-window is {window}, the model's context holds {context_tokens}; lower it")
         tokens = len(tokenizer(text.text, verbose=False)["input_ids"])
-        if tokens < options.eval_window:
+        if tokens < window:
             raise EdgepruneError(
-                f"{options.eval_text} has {tokens} tokens, less than one window of {options.eval_window}; give a "
+                f"{options.eval_text} has {tokens} tokens, less than one window of {window}; give a "
                 "longer text or a smaller --eval-window"
             )
     if not options.dry_run:
-        # First the dense model twice, as checkpoint and bundle; later its bundle and the pruned model twice.
-        weights = max(2.0, 1.0 + 2.0 * (1.0 - options.ratio))
+        # The most at one time: the dense model as checkpoint and bundle, and the pruned checkpoint.
+        weights = 3.0 - options.ratio
         check_space(options.output, round(FLOAT32_BYTES * count_parameters(model) * weights) + SPARE_BYTES)
 
 
 def _held_out(options: Options) -> int:
     """Calibration sequences held out for the perplexity: none if the user brings a text."""
-    return 0 if options.eval_text is not None else max(1, options.calibration_sequences // HELD_OUT_SHARE)
+    return 0 if options.eval_text is not None else options.eval_windows
 
 
 def _dtype(name: str) -> "torch.dtype":
@@ -471,7 +486,7 @@ def _perplexities(
         bundle = open_bundle(folder)
         if isinstance(source, Text):
             ids = Tokenizer.load(bundle).encode(source.text)
-            window, text_hash, joining = options.eval_window, source.text_hash, source.joining
+            window, text_hash, joining = options.eval_window or DEFAULT_WINDOW, source.text_hash, source.joining
         else:
             ids = source.ids.flatten().tolist()
             window, text_hash, joining = source.ids.shape[1], source.sha256, "random windows"

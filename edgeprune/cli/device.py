@@ -19,6 +19,8 @@ from edgeprune_runtime.errors import EdgepruneError
 if TYPE_CHECKING:
     from edgeprune_runtime.report import Report
 
+REPORT_FILE, REPORT_KIND = "report.json", "an earlier report"
+
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)]
 Variant = Annotated[str | None, typer.Option(help="Which of the bundle's graphs; default: the manifest's.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime: cpu, cuda, coreml, webgpu, qnn ...")]
@@ -208,7 +210,7 @@ def bench(
     from edgeprune_runtime.output import check_output
 
     if output is not None:
-        check_output(output, force=force, marker="report.json", what="an earlier report")
+        check_output(output, force=force, marker=REPORT_FILE, what=REPORT_KIND)
     memory_bytes = parse_size(memory) if memory is not None else None
     with _progress("rounds", quiet) as advance:
         result = benchmark.bench(
@@ -224,7 +226,7 @@ def bench(
         )
     report = benchmark.report_bench(result)
     if output is not None:
-        _save_report(report, output)
+        _save_report(report, output, force=force)
     _show(report, as_json=as_json)
 
 
@@ -240,10 +242,10 @@ def _print_json(document: Mapping[str, object]) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
-def _save_report(report: "Report", folder: Path) -> None:
+def _save_report(report: "Report", folder: Path, *, force: bool) -> None:
     from edgeprune_runtime.output import atomic_folder
 
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, force=force, marker=REPORT_FILE, what=REPORT_KIND) as part:
         report.save(part)
 
 

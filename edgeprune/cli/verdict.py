@@ -61,7 +61,8 @@ def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
             _row("KV cache per 1,000 tokens, MB", 1000 * _kv_bytes(before), 1000 * _kv_bytes(after), MEGABYTE),
         ),
         notes=(
-            f"importance {plan.method}, allocation {plan.allocation}, refit {plan.refit}, statistics in {plan.dtype}",
+            f"importance {plan.method}, allocation {plan.allocation}, heads {plan.heads}, refit {plan.refit}, "
+            f"statistics in {plan.dtype}",
             f"calibration: {calibration.sequences} x {calibration.length_tokens} tokens of {calibration.source}, "
             f"seed {plan.seed}, sha256 {calibration.sha256[:12]}",
             *plan.notes,

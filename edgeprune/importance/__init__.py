@@ -7,7 +7,8 @@ One file per method; to add one, imitate `taylor_fine.py`:
 2. `sampled(argument)` (optional) names methods whose scores of single samples (parts of the calibration sequences) are
    wanted as well;
 3. `scores(group, evidence, argument)` returns float32 `(units,)`, higher = keep. `argument` is what the user wrote
-   after the colon in `--method name:argument`, or None; a method that takes one says which in `ARGUMENT`.
+   after the colon in `--method name:argument`, or None; a method that takes one says which in `ARGUMENT` and refuses
+   a wrong one in `check(argument)`, before any long work.
 
 Evidence is oriented so that dimension 0 is always the *channel*: rows of an "out" slot, columns of an "in" slot. A
 unit of a slot is `slot.size` consecutive channels (one head = head_dim channels).
@@ -31,7 +32,6 @@ class SlotEvidence:
         gradient: `(C, K)` float32, dL/dW of the loss averaged over all calibration tokens.
         fisher: `(C, K)` float32, mean over samples of the squared gradient of each sample's mean loss.
         input_sq_mean: `(C,)` float32, mean square of the channel's activation; "in" slots only.
-        input_mean: `(C,)` float32, mean of the channel's activation; "in" slots only.
     """
 
     slot: Slot
@@ -39,7 +39,6 @@ class SlotEvidence:
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     input_sq_mean: torch.Tensor | None = None
-    input_mean: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ Progress = Callable[[str, float], None]
 GRAPH_SOURCES = ("auto", "decoder", "traced")
 STAGES = ("graph", "parity", "golden", "manifest")
 VARIANT = "fp32"
+BUNDLE_KIND = "a bundle"
 
 REQUIRED_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 OPTIONAL_FILES = (
@@ -108,11 +109,13 @@ def export(
     for file in REQUIRED_FILES:
         if not (checkpoint / file).is_file():
             raise EdgepruneError(f"{checkpoint} has no {file}; a bundle needs the tokenizer, save it into this folder")
+    for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
+        _check_inside(checkpoint, file)
     with Weights(checkpoint) as weights:
         widths = layer_widths(config, weights)
         parameters = Parameters(*count_parameters(config, weights))
     check_space(out, 4 * parameters.all + SPARE_BYTES)
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder:
         record = _write_graph(folder, checkpoint, config, widths, source, report)
         parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
         manifest = _manifest(checkpoint, config, widths, parameters, source, parity, name)
@@ -126,7 +129,7 @@ def check_bundle(out: Path, *, force: bool) -> None:
     Raises:
         EdgepruneError: if something stands there that may not be replaced.
     """
-    check_output(out, force=force, marker=MANIFEST_FILE, what="a bundle")
+    check_output(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND)
 
 
 def graph_source_of(model_type: str, wanted: str = "auto") -> GraphSource:
@@ -145,6 +148,20 @@ def graph_source_of(model_type: str, wanted: str = "auto") -> GraphSource:
     if source != "decoder":
         raise EdgepruneError(f"the decoder graph does not know {model_type!r}; use --graph-source traced")
     return "decoder"
+
+
+def _check_inside(checkpoint: Path, file: str) -> None:
+    """Refuse a link out of the checkpoint: its target would be published with the bundle.
+
+    The hub's cache is an exception: its snapshots are links into the `blobs` of the same repository.
+    """
+    folder = checkpoint.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    target = (checkpoint / file).resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise EdgepruneError(f"{checkpoint / file} links to {target}, outside its folder; put the file itself there")
 
 
 def _write_graph(

@@ -1,5 +1,7 @@
 """Proof by shapes: a graph holds the checkpoint's parameters, each once, and no size of the model before the cut."""
 
+import re
+from collections import defaultdict
 from math import prod
 
 import onnx_ir as ir
@@ -11,6 +13,7 @@ from edgeprune_export.weights import Weights, count_parameters
 from edgeprune_runtime.errors import GateError
 
 _PARAMETER_ENDINGS = (".weight", ".bias")
+_LAYER = re.compile(r"\bmodel\.layers\.([0-9]{1,9})\.")
 
 
 def check_graph(model: ir.Model, config: PreTrainedConfig, weights: Weights, widths: list[LayerWidths]) -> None:
@@ -33,14 +36,26 @@ def _check_parameters(graph: ir.Graph, config: PreTrainedConfig, weights: Weight
 
 
 def _check_sizes(graph: ir.Graph, config: PreTrainedConfig, weights: Weights, widths: list[LayerWidths]) -> None:
-    allowed = {size for name in weights.names for size in weights.shape(name)}
-    for width in widths:
-        allowed |= {(width.heads + 2 * width.kv_heads) * width.head_dim, width.head_dim, width.head_dim // 2}
-    allowed |= {1, config.max_position_embeddings}
+    own: defaultdict[int, set[int]] = defaultdict(set)
+    for layer, width in enumerate(widths):
+        own[layer] |= {(width.heads + 2 * width.kv_heads) * width.head_dim, width.head_dim, 1}
+    shared = {1, config.max_position_embeddings}
+    for name in weights.names:
+        place = _layer(name)
+        (shared if place is None else own[place]).update(weights.shape(name))
+    # A tracer may give a constant that it folded out of a layer a name of its own.
+    shared = shared.union(*own.values(), (width.head_dim // 2 for width in widths))
     for name, value in graph.initializers.items():
+        place = _layer(name)
         # Small integers in the graph are sizes, axes and the like; their values are checked by running it.
-        if value.dtype == ir.DataType.FLOAT and not set(_dims(value)) <= allowed:
-            raise GateError(f"the graph's {name} has the shape {_dims(value)}, which no tensor of the checkpoint has")
+        if value.dtype == ir.DataType.FLOAT and not set(_dims(value)) <= (shared if place is None else own[place]):
+            where = "the checkpoint" if place is None else f"layer {place} of the checkpoint"
+            raise GateError(f"the graph's {name} has the shape {_dims(value)}, which no tensor of {where} has")
+
+
+def _layer(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def _check_attention(graph: ir.Graph, widths: list[LayerWidths]) -> None:

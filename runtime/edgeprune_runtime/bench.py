@@ -1,10 +1,12 @@
 """Latency, throughput and memory of bundles, measured so that two of them can be compared.
 
-Every figure comes from a fresh process (`worker.py`), the sides take turns within a round (A, B, A, B, ...) so that a
-machine that drifts drifts for both, and a comparison is made per round: the interval is a bootstrap over rounds.
+Every figure comes from a fresh process (`worker.py`), the sides take turns (A, B, B, A, A, B, ...) so that a machine
+that drifts drifts for both and neither is always the first, and a comparison is made per round: the interval is
+Student's t on the logarithms of the rounds' ratios.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,19 +28,26 @@ from edgeprune_runtime.worker import Request, Round
 DEFINITIONS = {
     "load_ms": "making the ONNX Runtime session in a fresh process; the files may be in the page cache",
     "ttft_ms": "time to first token: from the prompt's token ids to the first generated id (prefill, greedy choice)",
+    "ttft_p95_ms": "95th percentile of ttft over the rounds, one sample each; of few rounds that is nearly the largest",
     "tpot_ms": "time per output token: each further token by itself, with the KV cache, batch 1, greedy choice",
     "prefill_tokens_per_s": "prompt tokens / ttft",
     "decode_tokens_per_s": "tokens after the first / the time they took together",
     "load_peak_rss_bytes": "largest resident set until the session is ready, as the kernel counted it (VmHWM)",
     "peak_rss_bytes": "largest resident set of the process over its whole life (VmHWM)",
     "cpu_ms": "processor time of the measured request, all threads together",
+    "ratio, low, high": "geometric mean over the rounds of A's figure / B's of the same round, and its 95 % interval: "
+    "Student's t on the logarithms",
 }
 """What each figure means; printed with every report. Tokenizing is in none of them."""
 
 PEAK_MEMORY = "peak memory"
 MIN_ROUNDS_FOR_VERDICT = 3
-_BOOTSTRAPS = 10_000
 CONFIDENCE = 0.95
+# Quantiles of Student's t for CONFIDENCE on both sides, with 1, 2, ... 30 degrees of freedom.
+_STUDENT_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 _WORKER_TIMEOUT_S = 1800.0
 _STDERR_TAIL = 200
 
@@ -173,11 +182,14 @@ def bench(
     ]
     measured: list[list[Round]] = [[] for _ in opened]
     total = rounds * len(opened)
+    done = 0
     for number in range(rounds):
-        for index, request in enumerate(requests):
-            measured[index].append(run_worker(request))
+        turn = list(zip(requests, measured, strict=True))
+        for request, rounds_ in turn if number % 2 == 0 else reversed(turn):
+            rounds_.append(run_worker(request))
+            done += 1
             if progress:
-                progress(number * len(opened) + index + 1, total)
+                progress(done, total)
     sides = tuple(
         _side(label, bundle, prompt_tokens, rounds_)
         for label, bundle, rounds_ in zip("AB", opened, measured, strict=False)
@@ -305,11 +317,16 @@ def _ratio(name: str, a: Sequence[float], b: Sequence[float]) -> Ratio:
     logs = np.log(np.array(a) / np.array(b))
     if len(logs) < MIN_ROUNDS_FOR_VERDICT:
         return Ratio(name, float(np.exp(logs.mean())), None, None)
-    draws = np.random.default_rng(0).integers(0, len(logs), (_BOOTSTRAPS, len(logs)))
-    means = logs[draws].mean(axis=1)
-    tail = (1.0 - CONFIDENCE) / 2.0
-    low, high = np.exp(np.quantile(means, [tail, 1.0 - tail]))
-    return Ratio(name, float(np.exp(logs.mean())), float(low), float(high))
+    mean, error = logs.mean(), logs.std(ddof=1) / math.sqrt(len(logs))
+    reach = _student_t(len(logs) - 1) * error
+    return Ratio(name, float(np.exp(mean)), float(np.exp(mean - reach)), float(np.exp(mean + reach)))
+
+
+def _student_t(degrees: int) -> float:
+    """Standard errors from the mean to the end of the interval; with many rounds those of the normal distribution."""
+    if degrees <= len(_STUDENT_T):
+        return _STUDENT_T[degrees - 1]
+    return statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2.0)
 
 
 def _side(label: str, bundle: Bundle, prompt_tokens: int, rounds: Sequence[Round]) -> Side:

@@ -35,12 +35,23 @@ def check_output(out: Path, *, force: bool, marker: str, what: str) -> None:
     Raises:
         EdgepruneError: if something stands there that may not be replaced, or nothing may be written there.
     """
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise _refused(out, error) from error
     _put_back(out.absolute())
     for part in _siblings(out.absolute(), "part"):
         logger.warning("%s belongs to a run that still goes on or was cut off; if none goes on, delete it", part)
     existing = _nearest_folder(out)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise EdgepruneError(f"cannot write {out}: {existing} is no folder to write to; choose another")
+    _check_replaceable(out, force=force, marker=marker, what=what)
+
+
+def _check_replaceable(out: Path, *, force: bool, marker: str, what: str) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not force:
@@ -65,11 +76,20 @@ def check_space(out: Path, wanted_bytes: int) -> None:
 
 
 @contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path, *, force: bool, marker: str, what: str) -> Iterator[Path]:
     """A hidden sibling of `out` that takes its place when the block ends well, and vanishes when it does not.
 
+    The block may take hours, so what stands at `out` by its end is held against the rules of `check_output` again.
+
+    Args:
+        out: the folder.
+        force: an earlier one may be replaced.
+        marker: a file that every folder of this kind holds; a folder without it is never replaced.
+        what: what a person calls the kind ("a bundle").
+
     Raises:
-        EdgepruneError: if the system refuses to write; an earlier folder is untouched then.
+        EdgepruneError: if the system refuses to write, or something stands there that may not be replaced; it is
+            untouched then.
     """
     out = out.absolute()
     _put_back(out)
@@ -82,6 +102,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise _refused(out, error) from error
     try:
         yield part
+        _check_replaceable(out, force=force, marker=marker, what=what)
         if out.exists():
             out.rename(old)
         try:

@@ -104,6 +104,13 @@ def test_unknown_model_names_the_nearest(tmp_path: Path, text_file: Path) -> Non
     refused("did you mean 'smollm2-135m'?", tmp_path / "out", "smolm2-135m", "-c", text_file)
 
 
+@pytest.mark.parametrize("model", ["~nobody-has-this-name/x", "x" * 300])
+def test_name_that_is_no_path(tmp_path: Path, text_file: Path, model: str) -> None:
+    outcome = invoke("compress", model, "-c", text_file, "-o", tmp_path / "out", "-q")
+    assert_one_line(outcome, "is no usable path")
+    assert_one_line(invoke("compress", model, "-c", text_file, "-o", tmp_path / ("y" * 300)), "too long")
+
+
 def _without_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 

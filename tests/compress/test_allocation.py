@@ -62,11 +62,24 @@ def test_protect_leaves_the_first_and_last_blocks_whole() -> None:
     assert [width == whole for width in widths] == [True, True, False, False, False, True]
 
 
-@pytest.mark.parametrize("argument", ["5,1", "x", "1", "-1,2", "6,0"])
+@pytest.mark.parametrize("argument", ["5,1", "6,0"])
 def test_protect_refuses_what_leaves_no_layer(argument: str) -> None:
     model, groups, scores = scored()
-    with pytest.raises(EdgepruneError, match="protect"):
+    with pytest.raises(EdgepruneError, match="leaves none"):
         allocate(model, groups, scores, Settings(0.1, allocation=f"protect:{argument}"))
+
+
+@pytest.mark.parametrize("allocation", ["protect:x", "protect:1", "protect:-1,2", "uniform:x", "global:0", "global:x"])
+def test_a_wrong_argument_is_refused_before_the_work(allocation: str) -> None:
+    with pytest.raises(EdgepruneError, match="expected"):
+        Settings(0.1, allocation=allocation).check()
+
+
+@pytest.mark.parametrize("allocation", ["protect:2,2", "global:0.2"])
+def test_a_ratio_that_the_allocation_cannot_reach_is_refused(allocation: str) -> None:
+    model, groups, scores = scored()
+    with pytest.raises(EdgepruneError, match="cannot give more"):
+        allocate(model, groups, scores, Settings(0.6, allocation=allocation, align=1, min_channels=4))
 
 
 @pytest.mark.parametrize("allocation", ["uniform:mixed", "protect", "global"])
@@ -113,9 +126,8 @@ def test_auto_takes_heads_where_their_score_is_the_lesser_loss() -> None:
 
 
 def test_even_has_no_meaning_under_global() -> None:
-    model, groups, scores = scored()
     with pytest.raises(EdgepruneError, match="even"):
-        allocate(model, groups, scores, Settings(0.2, allocation="global", heads="even"))
+        Settings(0.2, allocation="global", heads="even").check()
 
 
 def test_an_unknown_heads_mode_is_refused() -> None:
@@ -143,9 +155,8 @@ def test_global_lets_no_layer_lose_more_than_its_share() -> None:
 
 @pytest.mark.parametrize("argument", ["0", "1.5", "much", "nan"])
 def test_global_refuses_what_is_no_share(argument: str) -> None:
-    model, groups, scores = scored()
     with pytest.raises(EdgepruneError, match="share"):
-        allocate(model, groups, scores, Settings(0.1, allocation=f"global:{argument}"))
+        Settings(0.1, allocation=f"global:{argument}").check()
 
 
 def test_attention_choices_keep_the_best_heads_inside_the_best_kv_heads() -> None:

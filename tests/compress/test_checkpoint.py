@@ -14,7 +14,7 @@ import toys
 from cuts import decode, groups_of, prefill, random_keep, some_ids, uniform_keep
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import edgeprune
 from edgeprune import checkpoint
@@ -273,6 +273,49 @@ def test_hostile_per_layer_config(layers: Any, message: str, tmp_path: Path) -> 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"per_layer_config": layers}))
     with pytest.raises(EdgepruneError, match=message):
         load_pruned(tmp_path / "out")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def loading_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(*_: Any, **__: Any) -> None:
+        raise AssertionError("memory was taken")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", begun)
+
+
+def test_missing_tensors_are_refused_before_memory_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys.toy("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    change_config(tmp_path, vocab_size=8_000_000)
+    loading_is_not_begun(monkeypatch)
+    with pytest.raises(EdgepruneError, match=r"lacks the tensor lm_head\.weight \(2 in all\)"):
+        load_pruned(tmp_path)
+
+
+def test_torch_files_smaller_than_their_config_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toys.toy("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same_model(model, load_pruned(tmp_path))
+    change_config(tmp_path, vocab_size=8_000_000)
+    loading_is_not_begun(monkeypatch)
+    with pytest.raises(EdgepruneError, match="parameters, the weight files have"):
+        load_pruned(tmp_path)
+
+
+def test_either_of_two_tied_tensors_is_enough(tmp_path: Path) -> None:
+    model = toys.toy("llama-mha")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_same_model(model, load_pruned(tmp_path))
 
 
 def test_a_real_model_with_its_tokenizer(stories260k: Path, tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def test_a_folder_without_plan(tmp_path: Path) -> None:
         PrunePlan.load(tmp_path)
 
 
+def test_a_plan_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(EdgepruneError, match=r"cannot read .*plan\.json"):
+        PrunePlan.load(tmp_path)
+
+
 def changed(**changes: Any) -> str:
     return json.dumps(json.loads(PLAN.to_json()) | changes)
 
@@ -79,6 +85,16 @@ def without(key: str) -> str:
         changed(calibration={"source": "x"}),
         changed(calibration=["x"]),
         changed(notes=3),
+        changed(notes=[3]),
+        changed(model=5),
+        changed(align="32"),
+        changed(seed=True),
+        changed(seed=1.5),
+        changed(ratio_asked="0.2"),
+        changed(units=3),
+        changed(units={"layers.0.heads": "6"}),
+        changed(keep={"layers.0.heads": [1.5]}),
+        changed(calibration={"source": 1, "sequences": 8, "length_tokens": 128, "sha256": ""}),
         without("keep"),
         without("model"),
         without("notes"),

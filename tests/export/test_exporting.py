@@ -126,6 +126,26 @@ def test_checkpoint_without_tokenizer_is_refused(checkpoint: Path, tmp_path: Pat
         export(tmp_path / "toy", tmp_path / "out")
 
 
+def test_link_out_of_the_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    (tmp_path / "toy" / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(EdgepruneError, match=r"vocab\.json links to .*secret, outside its folder"):
+        export(tmp_path / "toy", tmp_path / "out")
+    assert names_beside(tmp_path / "out") == {"secret", "toy"}
+
+
+def test_links_of_the_hub_cache_are_followed(checkpoint: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--toy"
+    snapshot = repository / "snapshots" / "0123abcd"
+    shutil.copytree(checkpoint, repository / "blobs")
+    snapshot.mkdir(parents=True)
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    export(snapshot, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+
+
 def test_command_writes_a_bundle_and_says_what_to_do_next(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     result = CliRunner().invoke(app, ["export", str(checkpoint), "-o", str(out), "--json"])

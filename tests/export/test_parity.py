@@ -10,9 +10,10 @@ import pytest
 from exported import SAMPLE, decoder_graph, pruned
 from onnx_ir.tape import Tape
 
-from edgeprune_export import interface
+from edgeprune_export import interface, parity
 from edgeprune_export.parity import check_parity
 from edgeprune_runtime.errors import EdgepruneError, GateError
+from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS
 
 HEAD_DIM = 16
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -141,3 +142,25 @@ def test_tolerance_decides(model_and_graph: tuple[Any, Path]) -> None:
     model, graph = model_and_graph
     with pytest.raises(GateError, match=r"tolerance 1e-08"):
         check_parity(model, graph, SAMPLE, tolerance=1e-8, threads=1)
+
+
+@pytest.mark.parametrize("spoilt_row", [0, 1])
+def test_one_value_that_is_not_a_number_is_not_forgotten(spoilt_row: int) -> None:
+    comparison = parity._Comparison(1.0)
+    for row in range(3):
+        expected = np.array([[1.0, 2.0]], np.float32)
+        found = expected.copy()
+        if row == spoilt_row:
+            found[0, 0] = np.nan
+        comparison.add("rows", expected, found)
+    assert np.isnan(comparison.result(1, 1).max_abs_error)
+    with pytest.raises(GateError, match="differ from the torch model by up to nan"):
+        parity._judge(Path("model.onnx"), comparison.result(1, 1))
+
+
+def test_prompt_longer_than_a_piece_of_the_runtime_is_compared(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", "llama", head_dim=HEAD_DIM, max_position_embeddings=1024)
+    result = check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, threads=1)
+    longest = max(int(name.split()[1]) for name in result.checks if name.startswith("prefill"))
+    assert longest > PREFILL_CHUNK_TOKENS
+    assert {f"decode after {longest}", f"decode after {PREFILL_CHUNK_TOKENS}"} <= set(result.checks)

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeprune_runtime.bench import Side, bench, compare, report_bench
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.session import OutOfMemoryError
-from edgeprune_runtime.worker import Round
+from edgeprune_runtime.worker import Request, Round
 
 ROUND = Round(100.0, 1000, 20.0, (5.0, 6.0, 5.0), 80.0, 2000, None)
 SMALL = {"prompt_tokens": 8, "generate_tokens": 4, "threads": 1}
@@ -117,3 +118,34 @@ def test_worker_that_refuses_is_one_error(folder: Path) -> None:
     (folder / "onnx" / "model.onnx").write_bytes(bytes((folder / "onnx" / "model.onnx").stat().st_size))
     with pytest.raises(EdgepruneError, match="cannot load"):
         bench([folder], rounds=1, **SMALL)
+
+
+@pytest.mark.parametrize("rounds", [5, 40])
+def test_interval_holds_the_truth_as_often_as_it_says(rounds: int) -> None:
+    generator = np.random.default_rng(0)
+    held, trials = 0, 1000
+    for _ in range(trials):
+        noise = np.exp(generator.normal(0.0, 0.1, (2, rounds)))
+        a, b = (
+            _side(label, [_slower(ROUND, factor) for factor in row]) for label, row in zip("AB", noise, strict=True)
+        )
+        ratio = next(ratio for ratio in compare(a, b) if ratio.name == "prefill")
+        assert ratio.low is not None
+        assert ratio.high is not None
+        held += ratio.low <= 1.0 <= ratio.high
+    assert 0.93 <= held / trials <= 0.97
+
+
+def test_each_side_is_the_first_in_every_other_round(
+    both_folder: Path, right_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def worker(request: Request) -> Round:
+        order.append("A" if request.bundle == str(both_folder) else "B")
+        return dataclasses.replace(ROUND, ttft_ms=float(len(order)))
+
+    monkeypatch.setattr("edgeprune_runtime.bench.run_worker", worker)
+    result = bench([both_folder, right_folder], rounds=3, **SMALL)
+    assert "".join(order) == "ABBAAB"
+    assert [[round_.ttft_ms for round_ in side.rounds] for side in result.sides] == [[1.0, 4.0, 5.0], [2.0, 3.0, 6.0]]

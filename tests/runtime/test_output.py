@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, whatever goes wrong, and an earlier one is never lost."""
 
+import contextlib
 import errno
 import logging
 import shutil
@@ -24,13 +25,17 @@ def earlier(folder: Path, marker: str = MARKER) -> Path:
     return folder
 
 
+def atomic(out: Path, *, force: bool = True) -> contextlib.AbstractContextManager[Path]:
+    return atomic_folder(out, force=force, marker=MARKER, what="a thing")
+
+
 def check(out: Path, *, force: bool = False) -> None:
     check_output(out, force=force, marker=MARKER, what="a thing")
 
 
 def test_folder_is_hidden_until_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    with atomic_folder(out) as part:
+    with atomic(out) as part:
         (part / "file").write_text("content")
         assert part.parent == out.parent
         assert part.name.startswith(".out.")
@@ -44,7 +49,7 @@ def test_failure_leaves_nothing_and_keeps_the_earlier_one(tmp_path: Path, error:
     out = earlier(tmp_path / "out")
 
     def write_half() -> None:
-        with atomic_folder(out) as part:
+        with atomic(out) as part:
             (part / "file").write_text("half")
             raise error
 
@@ -56,7 +61,7 @@ def test_failure_leaves_nothing_and_keeps_the_earlier_one(tmp_path: Path, error:
 
 def test_new_one_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
     out = earlier(tmp_path / "out")
-    with atomic_folder(out) as part:
+    with atomic(out) as part:
         (part / MARKER).write_text("new")
     assert names(tmp_path) == {"out"}
     assert (out / MARKER).read_text() == "new"
@@ -72,7 +77,7 @@ def test_failed_swap_brings_the_earlier_one_back(tmp_path: Path, monkeypatch: py
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="Input/output"), atomic_folder(out):
+    with pytest.raises(OSError, match="Input/output"), atomic(out):
         pass
     assert names(tmp_path) == {"out"}
     assert (out / MARKER).read_text() == "earlier"
@@ -90,7 +95,7 @@ def test_next_run_puts_back_what_a_dead_run_moved_aside(
             with pytest.raises(EdgepruneError, match="exists already"):
                 check(tmp_path / "out")
         else:
-            with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out"):
+            with pytest.raises(RuntimeError), atomic(tmp_path / "out"):
                 raise RuntimeError
     assert (tmp_path / "out" / MARKER).read_text() == "earlier"
     assert "put back" in caplog.text
@@ -115,7 +120,7 @@ def test_what_a_killed_run_left_is_named(tmp_path: Path, caplog: pytest.LogCaptu
     ],
 )
 def test_what_the_system_refuses_is_one_line(tmp_path: Path, code: int, message: str) -> None:
-    with pytest.raises(EdgepruneError, match=message), atomic_folder(tmp_path / "out"):
+    with pytest.raises(EdgepruneError, match=message), atomic(tmp_path / "out"):
         raise OSError(code, "no")
     assert not names(tmp_path)
 
@@ -124,7 +129,7 @@ def test_path_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EdgepruneError, match="no folder to write to"):
         check(tmp_path / "file" / "out")
-    with pytest.raises(EdgepruneError, match="cannot write"), atomic_folder(tmp_path / "file" / "out"):
+    with pytest.raises(EdgepruneError, match="cannot write"), atomic(tmp_path / "file" / "out"):
         pass
 
 
@@ -157,3 +162,24 @@ def test_room_is_that_of_the_disk_the_folder_will_lie_on(tmp_path: Path, monkeyp
     with pytest.raises(EdgepruneError, match="2 MB are needed, 1 MB are free"):
         check_space(tmp_path / "not" / "yet" / "out", 2 * 10**6)
     assert asked == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("marker", "force", "message"), [(MARKER, False, "exists already"), ("thesis.txt", True, "is not a thing")]
+)
+def test_what_appears_during_the_run_is_not_replaced(tmp_path: Path, marker: str, force: bool, message: str) -> None:
+    check(tmp_path / "out", force=force)
+
+    def write_while_another_does() -> None:
+        with atomic(tmp_path / "out", force=force):
+            earlier(tmp_path / "out", marker)
+
+    with pytest.raises(EdgepruneError, match=message):
+        write_while_another_does()
+    assert names(tmp_path) == {"out"}
+    assert (tmp_path / "out" / marker).read_text() == "earlier"
+
+
+def test_name_too_long_for_the_system_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EdgepruneError, match="too long"):
+        check(tmp_path / ("x" * 300))
