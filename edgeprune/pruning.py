@@ -48,7 +48,7 @@ class Settings:
     """
 
     ratio: float
-    method: str = "fusion"
+    method: str = "wanda-sp"
     allocation: str = "protect"
     refit: bool = True
     align: int = 32

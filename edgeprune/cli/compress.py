@@ -87,10 +87,10 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="Importance: fusion[:attention|inverse-variance|SHARE], taylor-fine, wanda-sp, magnitude ...",
+            help="Importance: wanda-sp, fusion[:attention|inverse-variance|SHARE], taylor-fine, magnitude ...",
             rich_help_panel=PRUNING,
         ),
-    ] = "fusion",
+    ] = "wanda-sp",
     allocation: Annotated[
         str,
         typer.Option(
