@@ -91,6 +91,10 @@ class PrunePlan:
                 f"not an edgeprune plan ({error}); expected the plan.json that `compress` wrote"
             ) from None
 
+    def summary(self) -> dict[str, Any]:
+        """The plan without its long lists of units, for manifests and reports."""
+        return {key: value for key, value in asdict(self).items() if key not in ("keep", "units")}
+
     def save(self, folder: Path) -> None:
         """Write `plan.json` into an existing folder."""
         (folder / PLAN_FILE).write_text(self.to_json(), encoding="utf-8")

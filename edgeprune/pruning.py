@@ -20,6 +20,7 @@ from edgeprune.groups import Group, Keep, check_keep, kept
 from edgeprune.plan import PrunePlan
 from edgeprune.refit import output_error, refit
 from edgeprune.shrink import linear_shapes, parameters_removed, shrink, unit_parameters
+from edgeprune.sources import count_parameters
 from edgeprune.statistics import Method, Moments, Progress, Stats, blocks_name, gather
 from edgeprune_runtime import __version__
 from edgeprune_runtime.errors import EdgepruneError
@@ -133,10 +134,10 @@ def make_plan(
         progress=progress,
     )
     keep = allocate(model, groups, stats.scores, settings)
-    before = sum(parameter.numel() for parameter in model.parameters())
+    before = count_parameters(model)
     shapes = linear_shapes(model, groups)
     gone = parameters_removed(groups, keep, shapes)
-    blocks = sum(p.numel() for p in model.get_submodule(blocks_name(groups)).parameters())
+    blocks = count_parameters(model.get_submodule(blocks_name(groups)))
     plan = PrunePlan(
         model=name,
         model_type=model.config.model_type,
@@ -171,7 +172,7 @@ def allocate(
         EdgepruneError: if the layers cannot give so much, or not under this allocation.
     """
     problem = make_problem(model, groups, scores, settings)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_parameters(model)
     if problem.remove > problem.removable:
         raise EdgepruneError(
             f"ratio {settings.ratio:g} cannot be reached: at most {problem.removable / total:.3f} of all "
@@ -209,7 +210,7 @@ def make_problem(
         by_kind = {group.kind: group for group in members}
         parts = by_kind["kv_heads"], by_kind["heads"], by_kind["channels"]
         layers.append(Layer(*parts, scores, costs, keeps_heads=settings.heads == "keep"))
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = count_parameters(model)
     return Problem(layers, round(settings.ratio * total), settings.align, settings.min_channels, settings.heads)
 
 

@@ -68,7 +68,7 @@ def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
             *plan.notes,
         ),
     )
-    return Report(f"edgeprune plan: {plan.model}", this_machine(), (layers, totals), (), {"plan": plan_summary(plan)})
+    return Report(f"edgeprune plan: {plan.model}", this_machine(), (layers, totals), (), {"plan": plan.summary()})
 
 
 def verdict_report(
@@ -119,7 +119,7 @@ def verdict_report(
         tuple((label, DEFINITIONS[name]) for name, (label, _) in MEASURED.items() if name in DEFINITIONS),
     )
     data = {
-        "plan": plan_summary(plan),
+        "plan": plan.summary(),
         "perplexity": {"dense": asdict(a), "pruned": asdict(b), "ratio": b.perplexity / a.perplexity, "text": text},
         "bench": measured.to_dict(),
         "refit_lost_energy": dict(errors),
@@ -137,13 +137,6 @@ def verdict_report(
 def short(report: Report) -> Report:
     """What a terminal shows at the end: the measured table and the verdict; the files have the rest."""
     return replace(report, tables=report.tables[:1])
-
-
-def plan_summary(plan: PrunePlan) -> dict[str, object]:
-    """A plan without its long lists of units."""
-    summary = asdict(plan)
-    del summary["keep"], summary["units"]
-    return summary
 
 
 def _verdicts(

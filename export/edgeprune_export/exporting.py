@@ -243,13 +243,8 @@ def _manifest(
         parameters=parameters,
         files={},
         versions={"python": platform.python_version(), **{package: version(package) for package in VERSIONED}},
-        plan=_plan_summary(plan) if plan else None,
+        plan=plan.summary() if plan else None,
     )
-
-
-def _plan_summary(plan: PrunePlan) -> dict[str, Any]:
-    """The plan without its lists of units: those stay with the checkpoint."""
-    return {key: value for key, value in asdict(plan).items() if key not in ("keep", "units")}
 
 
 def _special_tokens(checkpoint: Path, config: PreTrainedConfig) -> dict[str, Any]:
