@@ -25,6 +25,11 @@ OUT = Path(__file__).parent / "out"
 DATA_VARIABLE = "EDGEPRUNE_TEST_DATA"
 CALIBRATION = "text/calib_c4.jsonl"
 LAMBADA = "text/lambada.jsonl"
+CHOICES = {
+    "arc_easy": "tasks/arc_easy.jsonl",
+    "piqa": "tasks/piqa.jsonl",
+    "hellaswag": "tasks/hellaswag_first1000.jsonl",
+}
 WIKITEXT2 = {"valid": "text/wikitext2_valid.txt", "test": "text/wikitext2_test.txt"}
 
 

@@ -4,15 +4,17 @@ Attention of a layer has few choices, (KV heads, query heads per KV head) pairs;
 steps of `align`. Every choice keeps the units with the highest scores, so a choice is named by its counts.
 """
 
+import heapq
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
-from edgeprune.groups import Group, heads_per_kv_head
+from edgeprune.groups import Group, Keep, heads_per_kv_head, kept
+from edgeprune_runtime.errors import EdgepruneError
 
 Heads = Literal["auto", "even", "keep"]
 
@@ -21,6 +23,12 @@ HEAD_PRICE = 3.0
 
 Scores are local estimates, and a head is a large and hardly redundant thing to lose: at a price of 1, the same
 parameters cost SmolLM2-135M a tenth more perplexity (WikiText-2 valid) than at 2 and above.
+"""
+
+LARGEST_SHARES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+"""No attention and no MLP loses a larger share than the first, or than the first that lets the ratio be reached.
+
+A score is a local estimate: it says little about a layer that has lost nearly everything.
 """
 
 
@@ -53,6 +61,16 @@ class Layer:
         return sum(group.units * self.unit_parameters[group.name] for group in (self.kv_heads, self.heads))
 
     @cached_property
+    def parameters(self) -> int:
+        """Parameters of all heads and channels."""
+        return self.attention_parameters + self.channels.units * self.unit_parameters[self.channels.name]
+
+    @cached_property
+    def attention_score(self) -> float:
+        """What the loss of all heads would be."""
+        return HEAD_PRICE * float(self.scores[self.kv_heads.name].sum() + self.scores[self.heads.name].sum())
+
+    @cached_property
     def attention_choices(self) -> list[AttentionChoice]:
         """All (KV heads, query heads per KV head) pairs, each with its best units; the uncut one is the first.
 
@@ -61,7 +79,6 @@ class Layer:
         """
         kv_scores, share = self.scores[self.kv_heads.name], heads_per_kv_head(self.heads, self.kv_heads)
         scores = self.scores[self.heads.name].reshape(self.kv_heads.units, share)
-        total = float(kv_scores.sum() + scores.sum())
         kv_cost, head_cost = self.unit_parameters[self.kv_heads.name], self.unit_parameters[self.heads.name]
         choices = []
         for each in range(share, 0, -1):
@@ -71,7 +88,7 @@ class Layer:
                 kept = sorted(value.topk(count).indices.tolist())
                 heads = sorted(kv * share + int(head) for kv in kept for head in best.indices[kv])
                 parameters = (self.kv_heads.units - count) * kv_cost + (self.heads.units - count * each) * head_cost
-                loss = HEAD_PRICE * (total - float(value[kept].sum()))
+                loss = self.attention_score - HEAD_PRICE * float(value[kept].sum())
                 choices.append(AttentionChoice(count, each, parameters, loss, tuple(kept), tuple(heads)))
         return choices[:1] if self.keeps_heads else choices
 
@@ -79,6 +96,16 @@ class Layer:
     def channel_order(self) -> torch.Tensor:
         """Channel indices from the least to the most important."""
         return self.scores[self.channels.name].argsort(stable=True)
+
+    @cached_property
+    def channel_losses(self) -> list[float]:
+        """Score that is lost with the n least important channels, for n from 0 to all."""
+        scores = self.scores[self.channels.name][self.channel_order].double()
+        return [0.0, *scores.cumsum(0).tolist()]
+
+    def lost_channels(self, channels: int) -> float:
+        """Score that is lost where `channels` channels are kept."""
+        return self.channel_losses[self.channels.units - channels]
 
     def keep_channels(self, count: int) -> tuple[int, ...]:
         """Sorted indices of the `count` most important channels."""
@@ -104,7 +131,9 @@ class Problem:
         min_channels: no MLP keeps fewer channels than this (or than it has).
         heads: how heads compete with channels: "auto" by lost score, "even" by the same share of both ("global" has
             no such share), "keep" not at all.
-        largest_share: no MLP loses a larger share of its channels than this.
+        largest_share: no MLP loses a larger share of its channels than this, and no attention of its parameters.
+        influence: of each layer, how much it turns the hidden state (see `statistics.Stats`); empty if unknown.
+        judge: judges whole cuts; only for allocations that say `NEEDS_JUDGE`.
     """
 
     layers: Sequence[Layer]
@@ -113,6 +142,8 @@ class Problem:
     min_channels: int
     heads: Heads = "auto"
     largest_share: float = 1.0
+    influence: Sequence[float] = ()
+    judge: "Judge | None" = None
 
     def channel_cost(self, layer: Layer) -> int:
         """Parameters of one channel."""
@@ -126,18 +157,57 @@ class Problem:
         aligned = list(range(first, units, self.align)) or ([] if first >= units else [first])
         return [units, *reversed(aligned)]
 
+    def attention_choices(self, layer: Layer) -> list[AttentionChoice]:
+        """Attention choices that the layer may take, the uncut one first."""
+        most = self.largest_share * layer.attention_parameters
+        return [choice for choice in layer.attention_choices if choice.parameters <= most]
+
+    def removable_from(self, layer: Layer) -> int:
+        """Most parameters that can leave a layer."""
+        return max(choice.parameters for choice in self.attention_choices(layer)) + (
+            layer.channels.units - self.channel_counts(layer)[-1]
+        ) * self.channel_cost(layer)
+
     @property
     def removable(self) -> int:
         """Most parameters that can leave."""
-        return sum(
-            max(choice.parameters for choice in layer.attention_choices)
-            + (layer.channels.units - self.channel_counts(layer)[-1]) * self.channel_cost(layer)
-            for layer in self.layers
-        )
+        return sum(map(self.removable_from, self.layers))
+
+    def bounded(self, chosen: Sequence[int]) -> "Problem":
+        """The problem under the first of `LARGEST_SHARES` that lets the chosen layers give all."""
+        trials = [replace(self, largest_share=share) for share in LARGEST_SHARES]
+        enough = (trial for trial in trials if sum(trial.removable_from(self.layers[i]) for i in chosen) >= self.remove)
+        return next(enough, trials[-1])
 
 
-Cut = dict[int, tuple[AttentionChoice, int]]
-"""Layer index -> (attention choice, channels kept)."""
+Widths = tuple[AttentionChoice, int]
+"""What one layer keeps: an attention choice and a number of channels."""
+
+Cut = dict[int, Widths]
+"""Layer index -> what the layer keeps."""
+
+Price = Callable[[Layer, Widths, Widths], float]
+"""What a step of a layer costs, from widths to narrower ones of its attention or of its channels."""
+
+
+class Judge(Protocol):
+    """Judges whole cuts on calibration sequences (`candidates.Candidates`).
+
+    Attributes:
+        proposing: the part of the sequences to ask for effects on.
+        accepting: the part on which candidates are compared.
+    """
+
+    proposing: slice
+    accepting: slice
+
+    def divergence(self, cut: Cut, part: slice) -> float:
+        """KL(dense || cut model), mean over the tokens of a part, nats."""
+        ...
+
+    def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice) -> Mapping[int, Sequence[float]]:
+        """For each layer what each of its options would change that divergence by."""
+        ...
 
 
 def removed(problem: Problem, cut: Cut) -> int:
@@ -146,6 +216,17 @@ def removed(problem: Problem, cut: Cut) -> int:
         attention.parameters + (problem.layers[i].channels.units - channels) * problem.channel_cost(problem.layers[i])
         for i, (attention, channels) in cut.items()
     )
+
+
+def cut_of(problem: Problem, keep: Keep) -> Cut:
+    """The cut whose keep list this is."""
+    cut = {}
+    for i, layer in enumerate(problem.layers):
+        heads = tuple(kept(keep, layer.kv_heads)), tuple(kept(keep, layer.heads))
+        choices = layer.attention_choices
+        (choice,) = (choice for choice in choices if (choice.keep_kv_heads, choice.keep_heads) == heads)
+        cut[i] = choice, len(kept(keep, layer.channels))
+    return cut
 
 
 def keep_list(problem: Problem, cut: Cut) -> dict[str, tuple[int, ...]]:
@@ -166,32 +247,31 @@ def cut_evenly(problem: Problem, chosen: Sequence[int], *, same_widths: bool) ->
     """
     layers = [problem.layers[i] for i in chosen]
     # choices of layers with the same heads stand in the same order, so that one index is one pair of counts
-    pairs = range(min(len(layer.attention_choices) for layer in layers))
+    pairs: Sequence[int] = range(min(len(problem.attention_choices(layer)) for layer in layers))
     if problem.heads == "even":
-        whole = sum(layer.attention_parameters + layer.channels.units * problem.channel_cost(layer) for layer in layers)
-        share = problem.remove / whole
-        pairs = range(*_nearest_pair(layers, share, len(pairs)))
+        pairs = [_nearest_pair(problem, layers, pairs)]
     candidates = [_even_candidate(problem, chosen, pair) for pair in pairs]
+    steps = [problem.align * problem.channel_cost(layer) for layer in layers]
+    if not same_widths:
+        candidates = [settle(problem, cut) for cut in candidates]
     misses = [abs(problem.remove - removed(problem, cut)) for cut in candidates]
-    step = problem.align * sum(problem.channel_cost(layer) for layer in layers)
-    reachable = max(min(misses), step / 2)
-    cut = min(
+    reachable = max(min(misses), (sum(steps) if same_widths else max(steps)) / 2)
+    return min(
         (cut for cut, miss in zip(candidates, misses, strict=True) if miss <= reachable),
         key=lambda cut: lost_score(problem, cut),
     )
-    return cut if same_widths else settle(problem, cut, evenly=True)
 
 
-def _nearest_pair(layers: Sequence[Layer], share: float, pairs: int) -> tuple[int, int]:
-    """Index range of the one choice that removes nearly `share` of all attention; of equal ones the cheaper."""
+def _nearest_pair(problem: Problem, layers: Sequence[Layer], pairs: Sequence[int]) -> int:
+    """Index of the choice that takes nearly the same share of all attention as of all; of equal ones the cheaper."""
+    share = problem.remove / sum(layer.parameters for layer in layers)
 
     def distance(pair: int) -> tuple[float, float]:
-        choices = [(layer, layer.attention_choices[pair]) for layer in layers]
+        choices = [(layer, problem.attention_choices(layer)[pair]) for layer in layers]
         off = sum(abs(choice.parameters - share * layer.attention_parameters) for layer, choice in choices)
         return off, sum(choice.loss for _, choice in choices)
 
-    best = min(range(pairs), key=distance)
-    return best, best + 1
+    return min(pairs, key=distance)
 
 
 def _even_candidate(problem: Problem, chosen: Sequence[int], pair: int) -> Cut:
@@ -200,7 +280,7 @@ def _even_candidate(problem: Problem, chosen: Sequence[int], pair: int) -> Cut:
     counts = [problem.channel_counts(layer) for layer in layers]
     cuts = [
         {
-            i: (layer.attention_choices[pair], of_layer[min(level, len(of_layer) - 1)])
+            i: (problem.attention_choices(layer)[pair], of_layer[min(level, len(of_layer) - 1)])
             for i, layer, of_layer in zip(chosen, layers, counts, strict=True)
         }
         for level in range(max(map(len, counts)))
@@ -210,44 +290,130 @@ def _even_candidate(problem: Problem, chosen: Sequence[int], pair: int) -> Cut:
 
 def lost_score(problem: Problem, cut: Cut) -> float:
     """Score that a cut loses in all."""
-    return sum(
-        attention.loss + channel_loss(problem.layers[i], problem.layers[i].channels.units, channels)
-        for i, (attention, channels) in cut.items()
-    )
+    return sum(attention.loss + problem.layers[i].lost_channels(channels) for i, (attention, channels) in cut.items())
 
 
-def settle(problem: Problem, cut: Cut, *, evenly: bool) -> Cut:
+def cut_cheapest(problem: Problem, price: Price) -> Cut:
+    """Cut greedily over the whole model, the cheapest step first, until `problem.remove` has left.
+
+    A step narrows the attention of one layer to another choice, or its channels by one step of `align`. Of several
+    attention choices the one with the least price is next, so that a layer walks down the lower convex hull of its
+    choices.
+    """
+    cut: Cut = {i: (layer.attention_choices[0], layer.channels.units) for i, layer in enumerate(problem.layers)}
+    left = problem.remove
+    heap: list[tuple[float, int, str, Widths]] = []
+
+    def push(i: int, part: str) -> None:
+        layer, at = problem.layers[i], cut[i]
+        steps = _attention_steps(problem, layer, at) if part == "attention" else _channel_step(problem, layer, at)
+        if steps:
+            cost, to = min(((price(layer, at, to), to) for to in steps), key=lambda step: step[0])
+            heapq.heappush(heap, (cost, i, part, to))
+
+    for i in cut:
+        push(i, "attention")
+        push(i, "channels")
+    while left > 0 and heap:
+        _, i, part, (attention, channels) = heapq.heappop(heap)
+        # the other part of the layer may have moved on since this step was found
+        to = (attention, cut[i][1]) if part == "attention" else (cut[i][0], channels)
+        parameters = parameters_between(problem.layers[i], cut[i], to)
+        if parameters <= left or part == "channels":
+            cut[i] = to
+            left -= parameters
+            push(i, part)
+    return settle(problem, cut, price)
+
+
+def _attention_steps(problem: Problem, layer: Layer, at: Widths) -> list[Widths]:
+    choices = problem.attention_choices(layer)
+    return [(choice, at[1]) for choice in choices if choice.parameters > at[0].parameters]
+
+
+def _channel_step(problem: Problem, layer: Layer, at: Widths) -> list[Widths]:
+    counts = problem.channel_counts(layer)
+    to = counts.index(at[1]) + 1
+    return [(at[0], counts[to])] if to < len(counts) else []
+
+
+def parameters_between(layer: Layer, at: Widths, to: Widths) -> int:
+    """Parameters that leave a layer on a step from widths to narrower ones."""
+    return to[0].parameters - at[0].parameters + (at[1] - to[1]) * layer.unit_parameters[layer.channels.name]
+
+
+def share_argument(allocation: str, argument: str | None) -> float:
+    """The largest share that one layer may lose, as the user wrote it, else the first of `LARGEST_SHARES`.
+
+    Raises:
+        EdgepruneError: if it is not a share above 0 and at most 1.
+    """
+    if argument is None:
+        return LARGEST_SHARES[0]
+    try:
+        share = float(argument)
+    except ValueError:
+        share = 0.0
+    if not 0.0 < share <= 1.0:
+        raise EdgepruneError(
+            f"{allocation}:{argument} is not a share; expected the largest part one layer may lose, above 0 to 1"
+        )
+    return share
+
+
+def refuse_even(allocation: str, heads: Heads) -> None:
+    """Refuse `--heads even` where heads and channels compete by price.
+
+    Raises:
+        EdgepruneError: if heads shall give an even share.
+    """
+    if heads == "even":
+        raise EdgepruneError(f"--heads even has no meaning under --allocation {allocation}; expected auto or keep")
+
+
+def settle(problem: Problem, cut: Cut, price: Price | None = None) -> Cut:
     """Meet the target within half a step by moving single layers one channel step.
 
-    `evenly` moves the widest (or, to give back, the narrowest) layers first, so that widths stay within one step of
-    each other; otherwise the step that loses the least score per parameter (or wins the most back) goes first.
+    The cheapest step goes first (or, to give back, the dearest); without a price the widest layer narrows first (the
+    narrowest widens), so that widths stay within one step of each other, and lost scores decide between equals.
     """
     cut = dict(cut)
+    counts = {i: problem.channel_counts(problem.layers[i]) for i in cut}
     while True:
         gap = problem.remove - removed(problem, cut)
+        sign = 1 if gap > 0 else -1
         moves = []
         for i, (attention, channels) in cut.items():
             layer = problem.layers[i]
-            counts = problem.channel_counts(layer)
-            at = counts.index(channels) + (1 if gap > 0 else -1)
-            if not 0 <= at < len(counts):
+            at = counts[i].index(channels) + sign
+            if not 0 <= at < len(counts[i]):
                 continue
-            to = counts[at]
+            to = counts[i][at]
             parameters = (channels - to) * problem.channel_cost(layer)
             if abs(gap - parameters) < abs(gap):
-                price = channel_loss(layer, channels, to) / parameters
-                rank = -channels if gap > 0 else channels
-                moves.append((rank if evenly else 0, price if gap > 0 else -price, i, attention, to))
+                wide, narrow = (attention, max(channels, to)), (attention, min(channels, to))
+                rank = -sign * channels if price is None else 0
+                moves.append((rank, sign * (price or score_price)(layer, wide, narrow), i, attention, to))
         if not moves:
             return cut
         _, _, i, attention, to = min(moves, key=lambda move: move[:3])
         cut[i] = (attention, to)
 
 
-def channel_loss(layer: Layer, channels: int, to: int) -> float:
-    """Score that a layer loses when it goes from `channels` to `to` channels; negative where channels come back."""
-    if to > channels:
-        return -channel_loss(layer, to, channels)
-    scores = layer.scores[layer.channels.name][layer.channel_order]
-    units = layer.channels.units
-    return float(scores[units - channels : units - to].sum())
+def score_price(layer: Layer, at: Widths, to: Widths) -> float:
+    """Score (of heads: times `HEAD_PRICE`) lost per parameter on a step."""
+    lost = to[0].loss - at[0].loss + layer.lost_channels(to[1]) - layer.lost_channels(at[1])
+    return max(lost, 0.0) / parameters_between(layer, at, to)
+
+
+def relative_price(layer: Layer, at: Widths, to: Widths) -> float:
+    """Relative error per parameter on a step."""
+    lost = relative_error(layer, to) - relative_error(layer, at)
+    return max(lost, 0.0) / parameters_between(layer, at, to)
+
+
+def relative_error(layer: Layer, widths: Widths) -> float:
+    """Shares of its scores that the attention and the MLP lose, added up; a part that scores nothing loses nothing."""
+    attention, channels = widths
+    parts = (attention.loss, layer.attention_score), (layer.lost_channels(channels), layer.channel_losses[-1])
+    return sum(lost / whole for lost, whole in parts if whole > 0)

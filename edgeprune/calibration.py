@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from edgeprune.journal import Entry
 from edgeprune.plan import CalibrationRecord
 from edgeprune.precision import fastest_dtype
+from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
 
 logger = logging.getLogger(__name__)
@@ -70,11 +72,20 @@ class Calibration:
         sequences, length_tokens = self.ids.shape
         return CalibrationRecord(self.source, sequences, length_tokens, self.sha256)
 
+    def entry(self) -> Entry:
+        """The calibration as an entry of the journal: a text that the model writes itself takes long."""
+        return Entry({"ids": self.ids}, {"source": self.source, "seed": self.seed, "sha256": self.sha256})
+
+    @classmethod
+    def from_entry(cls, entry: Entry) -> "Calibration":
+        """The calibration that an entry of the journal holds."""
+        return cls(ids=entry.tensors["ids"], **entry.facts)
+
 
 def gather(
     spec: str | None,
     tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     *,
     sequences: int = 128,
     length_tokens: int = 512,
@@ -88,7 +99,8 @@ def gather(
     Raises:
         EdgepruneError: if the text cannot be had, is not text, or holds fewer tokens than asked for.
     """
-    _check_size(model, sequences, length_tokens)
+    decoder = Decoder.of(model)
+    _check_size(decoder.config, sequences, length_tokens)
     chosen = spec
     if chosen is None:
         chosen = DEFAULT_SPEC if _hub_answers() else SELF_SPEC
@@ -96,13 +108,19 @@ def gather(
         try:
             documents, source, limit = _open(chosen, sequences * length_tokens)
             tokens = _tokenize(documents, tokenizer, limit)
-            return _calibration(_windows(tokens, model, source, sequences, length_tokens, seed), source, seed)
+            return _calibration(_windows(tokens, decoder.config, source, sequences, length_tokens, seed), source, seed)
         except _HubError as error:
             if spec is not None:
                 raise
             logger.warning("%s; the model writes its own calibration text instead", error)
     source = "text that the model wrote itself" + ("" if spec else f" ({DEFAULT_SPEC} could not be reached)")
-    return _calibration(sample(model, sequences, length_tokens, seed=seed, progress=progress), source, seed)
+    if decoder.is_streamed:
+        raise EdgepruneError(
+            "the model writes its own calibration text only if all of it fits into memory; give a text with "
+            "--calibration, or more with --max-memory"
+        )
+    with decoder.whole() as whole:
+        return _calibration(sample(whole, sequences, length_tokens, seed=seed, progress=progress), source, seed)
 
 
 def split(calibration: Calibration, held_out: int) -> tuple[Calibration, Calibration]:
@@ -130,12 +148,12 @@ def _calibration(ids: torch.Tensor, source: str, seed: int) -> Calibration:
     return Calibration(ids, source, seed, digest)
 
 
-def _check_size(model: PreTrainedModel, sequences: int, length_tokens: int) -> None:
+def _check_size(config: PreTrainedConfig, sequences: int, length_tokens: int) -> None:
     if sequences < 1 or length_tokens < 2:
         raise EdgepruneError(
             f"calibration of {sequences} x {length_tokens} tokens asked for; expected at least 1 sequence of 2 tokens"
         )
-    context_tokens = getattr(model.config, "max_position_embeddings", None)
+    context_tokens = getattr(config, "max_position_embeddings", None)
     if context_tokens is not None and length_tokens > context_tokens:
         raise EdgepruneError(
             f"calibration length of {length_tokens} tokens is beyond the model's context; give at most {context_tokens}"
@@ -293,7 +311,7 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limi
 
 
 def _windows(
-    tokens: torch.Tensor, model: PreTrainedModel, source: str, sequences: int, length_tokens: int, seed: int
+    tokens: torch.Tensor, config: PreTrainedConfig, source: str, sequences: int, length_tokens: int, seed: int
 ) -> torch.Tensor:
     """Random windows (sequences, length_tokens) of the tokens, none overlapping another."""
     available = len(tokens) // length_tokens
@@ -303,7 +321,7 @@ def _windows(
             f"calibration text ({source}) has {len(tokens):,} tokens, but {sequences} x {length_tokens} = "
             f"{sequences * length_tokens:,} are asked for; {fits}"
         )
-    largest, vocabulary = int(tokens.max()), model.config.get_text_config().vocab_size
+    largest, vocabulary = int(tokens.max()), config.get_text_config().vocab_size
     if largest >= vocabulary:
         raise EdgepruneError(
             f"the tokenizer gives token {largest}, but the model knows {vocabulary}; expected the model's own tokenizer"

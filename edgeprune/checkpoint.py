@@ -1,20 +1,23 @@
 """Checkpoint folders: written whole or not at all, and believed only after they were read back.
 
-    save          model -> folder   safetensors, config, tokenizer, plan.json; read back before it takes its name
-    load_pruned   folder -> model   dense, uniform and per-layer folders alike; runs only code of edgeprune
+    save           model -> folder     safetensors, config, tokenizer, plan.json; read back before it takes its name
+    load_pruned    folder -> model     dense, uniform and per-layer folders alike; runs only code of edgeprune
+    open_decoder   folder -> Decoder   the same, its blocks read one at a time
 
 Uniform widths give a stock `config.json`. Per-layer widths give `per_layer_config` and, beside the weights, a copy of
 `modeling_edgeprune.py`, which transformers runs under `trust_remote_code=True`.
+
+A model is written and compared block by block, so that one that does not fit into memory is saved as any other.
 """
 
 import copy
-import errno
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, cast
@@ -22,8 +25,7 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from edgeprune import modeling_edgeprune
 from edgeprune.configs import (
@@ -38,7 +40,18 @@ from edgeprune.configs import (
 from edgeprune.groups import LayerWidths
 from edgeprune.plan import PrunePlan
 from edgeprune.shrink import set_widths
-from edgeprune.weights import SAFETENSORS_FILE, TensorHeader, read_headers, read_json, weight_files
+from edgeprune.streaming import Decoder, check_finite
+from edgeprune.weights import (
+    FLOATS,
+    SAFETENSORS_FILE,
+    SafetensorsWriter,
+    TensorHeader,
+    read_headers,
+    read_json,
+    read_tensor,
+    tensor_files,
+    weight_files,
+)
 from edgeprune_runtime import output
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.output import atomic_folder, check_space
@@ -48,8 +61,12 @@ SPARE_BYTES = 32 * 2**20
 PROBE_TOKENS = 16
 FOLDER_KIND = "a checkpoint folder"
 
+GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 LOADING_KEYS = {"is_local", "local_files_only", "name_or_path"}  # how the tokenizer was loaded, not what it is
+
+# Llamas of old store the rotary frequencies of every layer; transformers passes over them too.
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 
 # UnpicklingError: torch's answer to a pickle that wants to run code.
 LOAD_ERRORS = (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError, UnpicklingError)
@@ -80,13 +97,8 @@ def load_pruned(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTr
     folder = Path(folder)
     config = load_config(folder)
     headers = read_headers(folder)
-    base = architecture(config.model_type).BASE
-    model_class: Any = (
-        getattr(modeling_edgeprune, modeling_edgeprune.PREFIX + base)
-        if config.is_heterogeneous
-        else getattr(transformers, base)
-    )
-    _check_sizes(folder, model_class, config, headers)
+    model_class = _model_class(config)
+    _skeleton(folder, model_class, config, headers)  # refuses what does not belong together before memory is taken
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -101,6 +113,50 @@ def load_pruned(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTr
         raise EdgepruneError(f"cannot load the weights of {folder}: {one_line(error)}") from error
     check_loaded(folder, model, info)
     return cast(PreTrainedModel, model.eval())
+
+
+@quiet_global_reads()
+def open_decoder(folder: str | Path, *, keeps_blocks: bool = False) -> Decoder:
+    """Decoder of a checkpoint folder, dense or pruned, in eval mode, on the CPU; its blocks are not read yet.
+
+    Args:
+        folder: safetensors, config and tokenizer.
+        keeps_blocks: blocks stay in memory once they were read.
+
+    Raises:
+        EdgepruneError: if the folder is incomplete or damaged, holds torch pickles, or not what its config says.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    headers = read_headers(folder)
+    if headers is None:
+        raise EdgepruneError(f"{folder} holds torch pickles; expected safetensors, which can be read block by block")
+    model = _skeleton(folder, _model_class(config), config, headers)
+    files = tensor_files(folder)
+    stored = {_model_name(model, name): (file, name) for name, file in files.items()}
+    unused = sorted(name for name in stored if name not in model.state_dict() and not IGNORED_TENSORS.search(name))
+    if unused:
+        raise EdgepruneError(
+            f"{folder} has a tensor that its config does not expect: {unused[0]} ({len(unused)} in all); config and "
+            "weights do not belong together"
+        )
+    for tied, source in (model.all_tied_weights_keys or {}).items():  # either of two may be the one in the file
+        if source not in stored:
+            stored[source] = stored[tied]
+    dtypes = {name: FLOATS.get(headers[stored[name][1]].dtype) for name in model.state_dict() if name in stored}
+    if strange := [name for name, dtype in dtypes.items() if dtype is None]:
+        raise EdgepruneError(
+            f"{folder}: {strange[0]} is stored as {headers[stored[strange[0]][1]].dtype}; expected floats, prune "
+            "before quantising"
+        )
+    with torch.device("meta"):
+        shapes = {name: torch.empty(headers[stored[name][1]].shape, dtype=dtypes[name]) for name in dtypes}
+    model.load_state_dict(shapes, strict=False, assign=True)
+    model.tie_weights()
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    readers = {name: partial(read_tensor, *place) for name, place in stored.items()}
+    return Decoder(model, readers, keeps_blocks=keeps_blocks, name=str(folder))
 
 
 def check_loaded(name: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
@@ -118,28 +174,13 @@ def check_loaded(name: str | Path, model: PreTrainedModel, info: Mapping[str, An
             raise EdgepruneError(
                 f"{name} {what} {found[0]} ({len(found)} in all); config and weights do not belong together"
             )
-    check_finite(name, model)
-
-
-def check_finite(name: str | Path, model: PreTrainedModel) -> None:
-    """Check that no weight is NaN or infinite.
-
-    Raises:
-        EdgepruneError: naming the tensor.
-    """
     for parameter_name, parameter in model.named_parameters():
-        # A sum is finite only if every summand is, and costs a fifth of a look at each; where it overflows, look.
-        if parameter.detach().sum().isfinite():
-            continue
-        if count := int((~parameter.detach().isfinite()).sum()):
-            raise EdgepruneError(
-                f"{name}: {parameter_name} holds {count} NaN or infinite values; expected finite weights"
-            )
+        check_finite(str(name), parameter_name, parameter)
 
 
 @quiet_global_reads()
 def save(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     tokenizer: PreTrainedTokenizerBase | None,
     plan: PrunePlan | None,
     widths: Sequence[LayerWidths],
@@ -162,12 +203,12 @@ def save(
     """
     out = Path(out).absolute()
     check_output(out, force)
-    check_finite("the model to be saved", model)
-    tensors = _tensors(model)
-    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    check_space(out, size_bytes + SPARE_BYTES)
+    decoder = Decoder.of(model)
+    headers = {name: TensorHeader.of(tensor) for name, tensor in decoder.tensors().items()}
+    check_space(out, sum(header.size_bytes for header in headers.values()) + SPARE_BYTES)
     with atomic_folder(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND) as part:
-        return _write(part, out, model, tokenizer, plan, widths, tensors)
+        _write_weights(part / SAFETENSORS_FILE, decoder, headers)
+        return _write(part, out, decoder, tokenizer, plan, widths)
 
 
 def check_output(out: Path, force: bool) -> None:
@@ -179,31 +220,38 @@ def check_output(out: Path, force: bool) -> None:
     output.check_output(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND)
 
 
+def _write_weights(file: Path, decoder: Decoder, headers: Mapping[str, TensorHeader]) -> None:
+    """Write all tensors, block by block, each checked to be finite."""
+    with SafetensorsWriter(file, headers, {"format": "pt"}) as writer:
+
+        def write(name: str, tensor: torch.Tensor) -> None:
+            check_finite("the model to be saved", name, tensor)
+            writer.write(name, tensor)
+
+        state = decoder.tensors()
+        for name in decoder.outside_names():
+            write(name, state[name])
+        for layer in range(decoder.layers):
+            with decoder.block(layer) as block:
+                for name, tensor in block.state_dict().items():
+                    write(decoder.prefix(layer) + name, tensor)
+
+
 def _write(
     part: Path,
     out: Path,
-    model: PreTrainedModel,
+    decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase | None,
     plan: PrunePlan | None,
     widths: Sequence[LayerWidths],
-    tensors: Mapping[str, torch.Tensor],
 ) -> SavedCheckpoint:
-    weights = part / SAFETENSORS_FILE
-    weights.touch()
-    mode = weights.stat().st_mode
-    try:
-        save_file(dict(tensors), weights, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors writes in Rust and reports the system's error as text
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
-    weights.chmod(mode)  # safetensors makes files that only their owner can read
+    """Write what belongs to the weights in `part`, and compare the whole."""
+    model = decoder.model
     if tokenizer is not None:
         tokenizer.save_pretrained(part)
         _drop_keys(part / TOKENIZER_CONFIG_FILE, LOADING_KEYS)
     if model.can_generate() and model.generation_config is not None:
-        (part / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
+        (part / GENERATION_CONFIG_FILE).write_text(model.generation_config.to_json_string(), encoding="utf-8")
 
     notes: tuple[str, ...] = ()
     config, form = _config(model, widths)
@@ -211,7 +259,7 @@ def _write(
     if stand_in is not None:
         set_widths(stand_in, widths)
         _write_config(part, stand_in, "uniform")
-        if difference := _difference(part, model, tensors):
+        if difference := _difference(part, decoder):
             logger.info("not saved as model_type %s: %s", stand_in.model_type, difference)
             stand_in = None
     if stand_in is not None:
@@ -227,7 +275,7 @@ def _write(
                 f"{widths[0].heads} heads at hidden_size {config.hidden_size}",
             )
         _write_config(part, config, form)
-        if difference := _difference(part, model, tensors):
+        if difference := _difference(part, decoder):
             raise RuntimeError(f"the saved checkpoint does not equal the model: {difference}")
     if plan is not None:
         replace(plan, notes=(*plan.notes, *notes)).save(part)
@@ -278,47 +326,58 @@ def _write_config(folder: Path, config: PreTrainedConfig, form: Literal["uniform
     (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _difference(folder: Path, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> str | None:
+def _difference(folder: Path, decoder: Decoder) -> str | None:
     """What differs between a model and its folder read back: weights bit for bit, logits; None if nothing does."""
     try:
-        copied = load_pruned(folder, model.dtype)
+        copied = open_decoder(folder)
     except EdgepruneError as error:
         return str(error)
-    found = _tensors(copied)
-    if found.keys() != tensors.keys():
-        return f"other tensors: {sorted(found.keys() ^ tensors.keys())[0]}"
-    for name, tensor in tensors.items():
-        if not torch.equal(found[name], tensor):
+    expected, found = decoder.tensors(), copied.tensors()
+    if found.keys() != expected.keys():
+        return f"other tensors: {sorted(found.keys() ^ expected.keys())[0]}"
+    for name in decoder.outside_names():
+        if not torch.equal(found[name], expected[name].cpu()):
             return f"other values in {name}"
-    vocabulary = copied.config.vocab_size
-    ids = (torch.arange(PROBE_TOKENS) * 7919 % vocabulary).unsqueeze(0)
-    was_training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            expected = model(ids.to(model.device), use_cache=False).logits.cpu().float()
-            logits = copied(ids, use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
-    # Equal weights in equal code differ only by the kernels' order of summation.
-    tolerance = 64 * torch.finfo(model.dtype).eps * float(expected.abs().max())
-    distance = float((logits - expected).abs().max())
+    ids = (torch.arange(PROBE_TOKENS) * 7919 % copied.config.vocab_size).unsqueeze(0)
+    hidden, calls = decoder.embed(ids)
+    hidden_of_copy, calls_of_copy = copied.embed(ids)
+    for layer in range(decoder.layers):
+        with decoder.block(layer) as block, copied.block(layer) as block_of_copy:
+            tensors = block_of_copy.state_dict()
+            for name, tensor in block.state_dict().items():
+                if tensors[name].dtype != tensor.dtype or not torch.equal(tensors[name], tensor.cpu()):
+                    return f"other values in {decoder.prefix(layer)}{name}"
+        with torch.no_grad(), decoder.block(layer, torch.float32) as block:
+            hidden = decoder.run(layer, block, hidden, calls)
+        with torch.no_grad(), copied.block(layer, torch.float32) as block:
+            hidden_of_copy = copied.run(layer, block, hidden_of_copy, calls_of_copy)
+    with torch.no_grad():
+        logits, logits_of_copy = decoder.logits(hidden), copied.logits(hidden_of_copy)
+    # Equal weights in equal code differ only by the kernels' order of summation, and by rotary frequencies that a model
+    # in memory may hold in its own dtype.
+    tolerance = 64 * torch.finfo(decoder.model.dtype).eps * float(logits.abs().max())
+    distance = float((logits_of_copy - logits.cpu()).abs().max())
     return None if distance <= tolerance else f"logits differ by {distance:.3g}, {tolerance:.3g} allowed"
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Tensors to be saved, on the CPU and contiguous; of tied weights the first name only."""
-    first_names: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        first_names.setdefault(id(tensor), name)
-    return {name: state[name].detach().cpu().contiguous() for name in first_names.values()}
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The stock class of a config's architecture, or the one whose layers may differ in width."""
+    base = architecture(config.model_type).BASE
+    if config.is_heterogeneous:
+        return getattr(modeling_edgeprune, modeling_edgeprune.PREFIX + base)
+    return getattr(transformers, base)
 
 
-def _check_sizes(
+def _model_name(model: PreTrainedModel, stored_name: str) -> str:
+    """What the model calls a stored tensor: a file of the bare decoder lacks the prefix, transformers puts it there."""
+    prefixed = f"{model.base_model_prefix}.{stored_name}"
+    return prefixed if prefixed in model.state_dict() else stored_name
+
+
+def _skeleton(
     folder: Path, model_class: Any, config: PreTrainedConfig, headers: Mapping[str, TensorHeader] | None
-) -> None:
-    """Hold the tensors that the config leads to against those in the files, before memory is taken."""
+) -> PreTrainedModel:
+    """The model on the meta device; the tensors that the config leads to are held against those in the files."""
     if headers is not None and config.num_hidden_layers > len(headers):
         raise EdgepruneError(
             f"{folder / CONFIG_FILE} says {config.num_hidden_layers} layers, the weights hold {len(headers)} tensors"
@@ -332,14 +391,14 @@ def _check_sizes(
         _check_pickle_sizes(folder, model)
     else:
         _check_shapes(folder, model, headers)
+    return model
 
 
 def _check_shapes(folder: Path, model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> None:
     expected = model.state_dict()
     missing = set(expected) - set(model.all_tied_weights_keys or ())
     for stored_name, header in headers.items():
-        # A file of the bare decoder lacks the prefix; transformers puts it before the names.
-        name = stored_name if stored_name in expected else f"{model.base_model_prefix}.{stored_name}"
+        name = _model_name(model, stored_name)
         if name in expected and tuple(expected[name].shape) != header.shape:
             raise EdgepruneError(
                 f"{folder}: {name} has the shape {header.shape}, its config expects {tuple(expected[name].shape)}; "

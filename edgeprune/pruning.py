@@ -1,27 +1,53 @@
 """From a model and calibration tokens to a plan, and from a plan to a smaller model.
 
-The order of the papers: group, estimate, allocate (`make_plan`), then refit and cut (`apply_plan`).
+The order of the papers: group, estimate, allocate (`make_plan`), then refit and cut (`apply_plan`). Both walk the model
+block by block and leave what they finish in a journal: the steps of `statistics`, then
+
+    plan             the plan
+    cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
 """
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import get_args
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from edgeprune import plugins
-from edgeprune.budget import Heads, Layer, Problem
+from edgeprune.budget import Heads, Judge, Layer, Problem
 from edgeprune.calibration import Calibration
-from edgeprune.configs import architecture
-from edgeprune.groups import Group, Keep, check_keep, kept
+from edgeprune.candidates import Candidates
+from edgeprune.distributed import Ranks
+from edgeprune.groups import Group, Kind, check_keep, kept, layer_widths
+from edgeprune.journal import Entry, Journal
 from edgeprune.plan import PrunePlan
-from edgeprune.refit import output_error, refit
-from edgeprune.shrink import linear_shapes, parameters_removed, shrink, unit_parameters
+from edgeprune.presets import PRESETS as PRESETS
+from edgeprune.refit import (
+    Mode,
+    Outcome,
+    carry_intercepts,
+    check_intercepts,
+    parse_mode,
+    refit_linear,
+    shapes_with_intercepts,
+)
+from edgeprune.shrink import (
+    LinearShape,
+    linear_shapes,
+    parameters_removed,
+    set_widths,
+    shrink_blocks,
+    unit_parameters,
+)
 from edgeprune.sources import count_parameters
-from edgeprune.statistics import Method, Moments, Progress, Stats, blocks_name, gather
+from edgeprune.statistics import BATCH_TOKENS, Method, Moments, Progress, Stats, gather, held_out, moments_entry
+from edgeprune.streaming import Decoder, check_finite
+from edgeprune.streaming import model_groups as model_groups
 from edgeprune_runtime import __version__
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -40,7 +66,8 @@ class Settings:
         ratio: share of all parameters (tied ones once) to remove, above 0 to 0.9.
         method: importance method, `name` or `name:argument`.
         allocation: `name` or `name:argument`.
-        refit: refit o_proj and down_proj by least squares.
+        refit: how o_proj and down_proj learn to do without what goes: "least-squares" fits their kept weights,
+            "intercept" these and a bias, "bias" the bias alone, "none" nothing.
         align: kept channel counts are multiples of it.
         min_channels: no MLP keeps fewer channels.
         gradient_sequences: how many calibration sequences the loss gradients see.
@@ -51,7 +78,7 @@ class Settings:
     ratio: float
     method: str = "wanda-sp"
     allocation: str = "protect"
-    refit: bool = True
+    refit: Mode = "least-squares"
     align: int = 32
     min_channels: int = 64
     gradient_sequences: int = 32
@@ -70,6 +97,7 @@ class Settings:
                 f"{self.gradient_sequences} "
                 "must all be at least 1"
             )
+        parse_mode(self.refit)
         if self.heads not in get_args(Heads):
             raise EdgepruneError(f"unknown --heads {self.heads!r}; expected {', '.join(get_args(Heads))}")
         if Method.parse(self.method).sampled and self.gradient_sequences < 2:
@@ -78,6 +106,30 @@ class Settings:
             )
         name, _, argument = self.allocation.partition(":")
         plugins.find("allocation", name, "allocation").check(argument or None, self.heads)
+
+    def check_for(self, model_type: str) -> None:
+        """Check what the architecture alone decides.
+
+        Raises:
+            EdgepruneError: if its checkpoints cannot carry what the refit would add.
+        """
+        check_intercepts(model_type, self.refit, self.cut_kinds)
+
+    @property
+    def cut_kinds(self) -> frozenset[Kind]:
+        """Kinds of groups that may be narrowed."""
+        return frozenset({"channels"} if self.heads == "keep" else get_args(Kind))
+
+    @property
+    def reads_moments(self) -> bool:
+        """Whether the allocation judges refitted candidates, and so reads what a refit reads."""
+        module = plugins.find("allocation", self.allocation.partition(":")[0], "allocation")
+        return bool(getattr(module, "NEEDS_JUDGE", False))
+
+    @property
+    def gathers_moments(self) -> bool:
+        """Whether importance or allocation read the moments of inputs, refit or not."""
+        return self.reads_moments or "inputs" in Method.parse(self.method).needs
 
 
 def check_ratio(ratio: float) -> None:
@@ -93,58 +145,98 @@ def check_ratio(ratio: float) -> None:
         )
 
 
-def model_groups(model: PreTrainedModel) -> list[Group]:
-    """The groups that the model's architecture file lists."""
-    found: list[Group] = architecture(model.config.model_type).groups(model.config)
-    return found
-
-
 def make_plan(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     name: str,
     calibration: Calibration,
     settings: Settings,
     *,
     dtype: torch.dtype = torch.float32,
+    with_moments: bool | None = None,
+    step_tokens: int = BATCH_TOKENS,
+    journal: Journal | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> tuple[PrunePlan, Stats]:
     """Estimate what every unit is worth, and decide what stays. The model is not changed.
 
     Args:
-        model: the dense model, float32, in eval mode.
+        model: the dense model.
         name: what the plan calls it.
         calibration: the tokens that the statistics see.
         settings: how to prune.
         dtype: of the statistics' matrix products.
+        with_moments: keep what the refit will read; by default if the settings ask for a refit. An allocation that
+            reads the same gets it in any case.
+        step_tokens: tokens that go through a block at once.
+        journal: remembers every finished step; in memory by default.
+        ranks: the processes that share the sequences; all of them get the same plan.
         progress: told of every block.
 
     Raises:
         EdgepruneError: if the settings are wrong or the ratio cannot be reached.
     """
     settings.check()
-    groups = model_groups(model)
+    decoder, journal = Decoder.of(model), Journal() if journal is None else journal
+    settings.check_for(decoder.config.model_type)
+    if with_moments is None:
+        with_moments = settings.refit != "none"
     stats = gather(
-        model,
-        groups,
+        decoder,
+        decoder.groups,
         calibration.ids,
         Method.parse(settings.method),
-        with_moments=settings.refit,
+        with_moments=with_moments or settings.reads_moments,
         dtype=dtype,
         gradient_sequences=settings.gradient_sequences,
+        step_tokens=step_tokens,
+        journal=journal,
+        ranks=ranks,
         progress=progress,
     )
-    keep = allocate(model, groups, stats.scores, settings)
+
+    def judge_of(problem: Problem) -> Candidates:
+        return judge(
+            decoder,
+            problem,
+            calibration,
+            settings,
+            stats,
+            dtype,
+            step_tokens=step_tokens,
+            journal=journal,
+            progress=progress,
+        )
+
+    def decide() -> Entry:
+        return Entry(facts=_decide(decoder, name, calibration, settings, stats, dtype, judge_of).to_json())
+
+    return PrunePlan.from_json(journal.remember("plan", decide).facts), stats
+
+
+def _decide(
+    decoder: Decoder,
+    name: str,
+    calibration: Calibration,
+    settings: Settings,
+    stats: Stats,
+    dtype: torch.dtype,
+    judge_of: Callable[[Problem], Candidates],
+) -> PrunePlan:
+    """The plan that the statistics lead to."""
+    model, groups = decoder.model, decoder.groups
+    keep = allocate(model, groups, stats.scores, settings, stats.influence, judge_of)
     before = count_parameters(model)
-    shapes = linear_shapes(model, groups)
-    gone = parameters_removed(groups, keep, shapes)
-    blocks = count_parameters(model.get_submodule(blocks_name(groups)))
-    plan = PrunePlan(
+    narrowed: frozenset[Kind] = frozenset(group.kind for group in groups if len(kept(keep, group)) < group.units)
+    gone = _parameters_gone(model, groups, keep, settings.refit, narrowed)
+    blocks = count_parameters(decoder.blocks)
+    return PrunePlan(
         model=name,
         model_type=model.config.model_type,
         method=settings.method,
         allocation=settings.allocation,
         heads=settings.heads,
-        refit="least-squares" if settings.refit else "none",
+        refit=settings.refit,
         ratio_asked=settings.ratio,
         ratio_reached=gone / before,
         parameters_before=before,
@@ -160,32 +252,47 @@ def make_plan(
         units={group.name: group.units for group in groups},
         notes=_ratio_notes(settings, gone / before),
     )
-    return plan, stats
 
 
 def allocate(
-    model: PreTrainedModel, groups: Sequence[Group], scores: Mapping[str, torch.Tensor], settings: Settings
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    scores: Mapping[str, torch.Tensor],
+    settings: Settings,
+    influence: Sequence[float] = (),
+    judge_of: Callable[[Problem], Judge] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Keep list that removes `settings.ratio` of all parameters.
+
+    Args:
+        model: the dense model; only its config and shapes are read.
+        groups: its groups.
+        scores: what the units are worth, by group.
+        settings: how to prune.
+        influence: how much each block turns the hidden state.
+        judge_of: makes what judges whole candidates (`judge`); a search needs it.
 
     Raises:
         EdgepruneError: if the layers cannot give so much, or not under this allocation.
     """
-    problem = make_problem(model, groups, scores, settings)
+    problem = make_problem(model, groups, scores, settings, influence)
     total = count_parameters(model)
     if problem.remove > problem.removable:
         raise EdgepruneError(
-            f"ratio {settings.ratio:g} cannot be reached: at most {problem.removable / total:.3f} of all "
-            f"parameters can leave "
-            f"with at least one head and {settings.min_channels} channels in each layer; ask for less"
+            f"ratio {settings.ratio:g} cannot be reached: at most {problem.removable / total:.3f} of all parameters "
+            f"can leave with at least one head and {settings.min_channels} channels in each layer; ask for less"
         )
     name, _, argument = settings.allocation.partition(":")
     method = plugins.find("allocation", name, "allocation")
+    if getattr(method, "NEEDS_JUDGE", False):
+        assert judge_of is not None, f"{settings.allocation} judges candidates, and nobody said how"
+        problem = replace(problem, judge=judge_of(problem))
     keep: dict[str, tuple[int, ...]] = method.allocate(problem, argument or None)
     check_keep(groups, keep)
-    reached = parameters_removed(groups, keep, linear_shapes(model, groups))
+    wanted = round(settings.ratio * total)
+    reached = _parameters_gone(model, groups, keep, settings.refit, settings.cut_kinds)
     step = settings.align * sum(problem.channel_cost(layer) for layer in problem.layers)
-    if abs(reached - problem.remove) > max(RATIO_TOLERANCE * total, step / 2):
+    if abs(reached - wanted) > max(RATIO_TOLERANCE * total, step / 2):
         raise EdgepruneError(
             f"allocation {settings.allocation} reaches a ratio of {reached / total:.3f} instead of {settings.ratio:g}: "
             "the layers that it may cut cannot give more; ask for less, or for another allocation"
@@ -193,61 +300,168 @@ def allocate(
     return keep
 
 
-def _columns(group: Group, units: torch.Tensor) -> torch.Tensor:
-    """Input columns of the reading Linear that belong to these units, int64."""
-    slot = group.inner
-    return slot.start + (units[:, None] * slot.size + torch.arange(slot.size)).reshape(-1)
+def judge(
+    model: PreTrainedModel | Decoder,
+    problem: Problem,
+    calibration: Calibration,
+    settings: Settings,
+    stats: Stats,
+    dtype: torch.dtype = torch.float32,
+    *,
+    step_tokens: int = BATCH_TOKENS,
+    journal: Journal | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Candidates:
+    """What judges whole candidates, on the calibration sequences that the refit keeps aside.
+
+    Raises:
+        EdgepruneError: if too few sequences are kept aside.
+    """
+    return Candidates(
+        Decoder.of(model),
+        problem.layers,
+        stats.moments,
+        held_out(calibration.ids),
+        is_refitted=settings.refit not in ("none", "bias"),
+        dtype=dtype,
+        step_tokens=step_tokens,
+        journal=Journal() if journal is None else journal,
+        progress=progress,
+    )
 
 
 def make_problem(
-    model: PreTrainedModel, groups: Sequence[Group], scores: Mapping[str, torch.Tensor], settings: Settings
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    scores: Mapping[str, torch.Tensor],
+    settings: Settings,
+    influence: Sequence[float] = (),
 ) -> Problem:
-    """The allocation problem of a model: its layers, what their units are worth and what they cost."""
-    shapes = linear_shapes(model, groups)
+    """The allocation problem of a model: its layers, what their units are worth and what they cost.
+
+    Where the refit adds intercepts, their parameters have to leave as well; they are counted for every kind of group
+    that may be narrowed.
+    """
+    shapes, grown = _shapes_after_refit(model, groups, settings.refit, settings.cut_kinds)
     costs = {group.name: unit_parameters(group, shapes) for group in groups}
     layers = []
     for _, members in itertools.groupby(groups, lambda group: group.layer):
         by_kind = {group.kind: group for group in members}
         parts = by_kind["kv_heads"], by_kind["heads"], by_kind["channels"]
         layers.append(Layer(*parts, scores, costs, keeps_heads=settings.heads == "keep"))
-    total = count_parameters(model)
-    return Problem(layers, round(settings.ratio * total), settings.align, settings.min_channels, settings.heads)
+    remove = round(settings.ratio * count_parameters(model)) + grown
+    return Problem(layers, remove, settings.align, settings.min_channels, settings.heads, influence=influence)
+
+
+def _shapes_after_refit(
+    model: PreTrainedModel, groups: Sequence[Group], mode: Mode, kinds: Collection[Kind]
+) -> tuple[dict[str, LinearShape], int]:
+    """Shapes of the Linears, not cut but with the intercepts that the refit adds; and how many values those are."""
+    before = linear_shapes(model, groups)
+    after = shapes_with_intercepts(model.config.model_type, before, groups, mode, kinds)
+    return after, sum(after[name].parameters - before[name].parameters for name in before)
+
+
+def _parameters_gone(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    keep: Mapping[str, Sequence[int]],
+    mode: Mode,
+    kinds: Collection[Kind],
+) -> int:
+    """Number of parameters that a model has less after refit and cut; these kinds of groups get intercepts."""
+    shapes, grown = _shapes_after_refit(model, groups, mode, kinds)
+    return parameters_removed(groups, keep, shapes) - grown
 
 
 def apply_plan(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     plan: PrunePlan,
     moments: Mapping[str, Moments],
     *,
+    journal: Journal | None = None,
     progress: Progress = lambda stage, done, total: None,
-) -> dict[str, float]:
-    """Refit (if the plan says so) and cut a model in place.
+) -> dict[str, Outcome]:
+    """Refit (if the plan says so) and cut a model in place, block by block.
+
+    Args:
+        model: the dense model; a streamed one reads its cut blocks from the journal afterwards.
+        plan: what stays.
+        moments: moments of the inputs of its Linears that read units; empty if the plan refits nothing.
+        journal: remembers every block that is cut; in memory by default.
+        progress: told of every block.
 
     Returns:
-        Name of each refitted Linear -> share of its output energy on the calibration inputs that is lost.
+        Name of each refitted Linear -> how that went.
     """
-    groups = model_groups(model)
-    errors: dict[str, float] = {}
-    if plan.refit != "none":
-        cut = [group for group in groups if group.kind != "kv_heads" and len(kept(plan.keep, group)) < group.units]
-        for done, group in enumerate(cut):
-            progress("refit", done, len(cut))
-            errors[group.inner.module] = _refit_group(model, group, plan.keep, moments)
-        progress("refit", len(cut), len(cut))
-    shrink(model, groups, plan.keep)
-    return errors
+    decoder, journal = Decoder.of(model), Journal() if journal is None else journal
+    groups, mode = decoder.groups, parse_mode(plan.refit)
+    check_keep(groups, plan.keep)
+    kinds: set[Kind] = {group.kind for group in groups if _is_narrowed(group, plan)}
+    outcomes: dict[str, Outcome] = {}
+    for layer, members in itertools.groupby(groups, lambda group: group.layer):
+        progress("refit and cut", layer, decoder.layers)
+        of_layer, step = list(members), f"cut-{layer}"
+        # intercepts go to all blocks, as a config has one switch for all
+        if mode in ("intercept", "bias") or any(_is_narrowed(group, plan) for group in of_layer):
+            if step in journal:
+                decoder.release(layer)
+                carry_intercepts(decoder.model, of_layer, mode, kinds)
+                shrink_blocks(decoder.model, of_layer, plan.keep)
+            else:
+                journal.put(step, _cut_block(decoder, layer, of_layer, plan, mode, kinds, moments))
+            names = decoder.blocks[layer].state_dict()
+            decoder.read_from(layer, {name: partial(journal.tensor, step, name) for name in names})
+            outcomes |= {name: Outcome(**facts) for name, facts in journal.facts(step).items()}
+        if journal.folder is not None:
+            journal.forget(*(moments_entry(group.inner.module) for group in of_layer if group.kind != "kv_heads"))
+    progress("refit and cut", decoder.layers, decoder.layers)
+    set_widths(decoder.config, layer_widths(groups, plan.keep))
+    return outcomes
 
 
-def _refit_group(model: PreTrainedModel, group: Group, keep: Keep, moments: Mapping[str, Moments]) -> float:
-    slot = group.inner
-    weight = model.get_submodule(slot.module).weight
-    assert isinstance(weight, torch.Tensor)
-    columns = _columns(group, torch.tensor(kept(keep, group)))
-    with torch.no_grad():
-        fitted = refit(weight, moments[slot.module], columns)
-        error = output_error(weight, moments[slot.module], columns, fitted)
-        weight[:, columns] = fitted
-    return error
+def progress_so_far(journal: Journal, layers: int) -> str | None:
+    """Where a run continues, in words; None if it begins."""
+    for step, what in (("cut", "refit and cut"), ("gradients", "gradients"), ("statistics", "statistics")):
+        done = [layer for layer in range(layers) if f"{step}-{layer}" in journal]
+        if not done:
+            continue
+        following = done[0] - 1 if step == "gradients" else done[-1] + 1  # gradients go backward
+        if following in range(layers):
+            return f"continues from block {following + 1} of {layers} ({what})"
+        return f"continues after the last block ({what})"
+    return None
+
+
+def _is_narrowed(group: Group, plan: PrunePlan) -> bool:
+    return len(kept(plan.keep, group)) < group.units
+
+
+def _cut_block(
+    decoder: Decoder,
+    layer: int,
+    groups: Sequence[Group],
+    plan: PrunePlan,
+    mode: Mode,
+    kinds: Collection[Kind],
+    moments: Mapping[str, Moments],
+) -> Entry:
+    """The tensors of a block, refitted and cut in place, and how the refit of each Linear went."""
+    outcomes = {}
+    with decoder.block(layer) as block:
+        carry_intercepts(decoder.model, groups, mode, kinds)
+        for group in groups:
+            if mode == "none" or group.kind == "kv_heads" or not _is_narrowed(group, plan):
+                continue
+            name = group.inner.module
+            linear = decoder.model.get_submodule(name)
+            assert isinstance(linear, nn.Linear), f"a slot names {name}, which is no Linear"
+            outcomes[name] = asdict(refit_linear(linear, group, kept(plan.keep, group), moments[name], mode))
+        shrink_blocks(decoder.model, groups, plan.keep)
+        tensors = {name: tensor.detach() for name, tensor in block.state_dict().items()}
+        for name, tensor in tensors.items():
+            check_finite("the refitted model", decoder.prefix(layer) + name, tensor)
+        return Entry(tensors, outcomes)
 
 
 def _ratio_notes(settings: Settings, reached: float) -> tuple[str, ...]:

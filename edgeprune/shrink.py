@@ -86,6 +86,15 @@ def shrink(model: PreTrainedModel, groups: Sequence[Group], keep: Keep) -> None:
         EdgepruneError: if `keep` is not a list that may be cut; the model is untouched then.
     """
     check_keep(groups, keep)
+    shrink_blocks(model, groups, keep)
+    set_widths(model.config, layer_widths(groups, keep))
+
+
+def shrink_blocks(model: PreTrainedModel, groups: Sequence[Group], keep: Keep) -> None:
+    """Cut the blocks that these groups lie in, and no other; `keep` was checked, and the config is left to the caller.
+
+    The blocks may lie on the meta device: their shapes are cut then.
+    """
     shapes = linear_shapes(model, groups)
     for (module, side), lines in _kept_lines(groups, keep, shapes).items():
         if not lines.all():
@@ -93,7 +102,6 @@ def shrink(model: PreTrainedModel, groups: Sequence[Group], keep: Keep) -> None:
     for group in groups:
         if group.kind != "kv_heads":
             _remember(model, group, groups, keep)
-    set_widths(model.config, layer_widths(groups, keep))
 
 
 def _remember(model: PreTrainedModel, group: Group, groups: Sequence[Group], keep: Keep) -> None:

@@ -1,7 +1,7 @@
 """Where a model comes from: a folder, a hub id, a GGUF file, or a short name.
 
 `open_source` answers cheaply what a name means and refuses what cannot be pruned; `load` and `load_tokenizer` then
-read it.
+read it. `stored_folder` says where its blocks can be read one at a time, for models that shall not be loaded whole.
 """
 
 import difflib
@@ -140,6 +140,30 @@ def load(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         check_loaded(source.name, model, info)
         return cast(PreTrainedModel, model.eval())
     return load_pruned(folder, dtype)
+
+
+def stored_folder(source: Source) -> Path | None:
+    """The folder of safetensors that a source is, from which blocks are read one at a time.
+
+    None where the weights have another form (GGUF, torch pickles) or run their own code: these are loaded whole.
+
+    Raises:
+        EdgepruneError: if the files are damaged or cannot be fetched.
+    """
+    if source.kind == "gguf":
+        return None
+    folder = _fetch(source) if source.kind == "hub" else source.path
+    if read_headers(folder) is None or (source.trust_remote_code and _own_code(folder)):
+        return None
+    return folder
+
+
+def identity(source: Source) -> list[Any]:
+    """What tells this source from another: names, sizes and times of its files, or the hub's revision."""
+    if source.kind == "hub":
+        return [str(source.path), source.revision]
+    files = [source.path] if source.kind == "gguf" else [source.path / CONFIG_FILE, *weight_files(source.path)]
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -4,25 +4,40 @@ The model is walked block by block, so that a step needs the weights and gradien
 
     forward    x_0 = embedding;  x_{l+1} = block_l(x_l)      moments of the inputs of o_proj and down_proj on the way
     tail       loss = cross entropy(head(norm(x_L)));  g_L = dloss/dx_L
-    backward   for l = L-1 .. 0: recompute block_l(x_l), backpropagate g_{l+1} -> dloss/dW of block_l, g_l
+    backward   for l = L-1 .. 0: recompute block_l(x_l), backpropagate g_{l+1} -> dloss/dW or dloss/dh of block_l, g_l
                the gradients become scores at once and are dropped
 
-The gradients equal those of one backward pass through the whole model.
+with h the inputs of o_proj and down_proj; only those gradients are computed that the method reads. They equal those of
+one backward pass through the whole model. In memory at one time are one block, its Gram matrices or gradients, and the
+activations of one step; x_l and g_l are rows of the journal, and so are the moments of the blocks that are done. Every
+block of every pass is a step that the journal remembers:
+
+    moments-MODULE   Gram matrices and mean of the inputs of one Linear
+    statistics-L     scores and influence of block L; after it come the rows hidden-{L+1}, kept until L+2 is done
+    loss             the loss; and the rows gradient-{number of blocks}
+    gradients-L      scores of block L; and the rows gradient-L
+
+With several ranks each walks its own sequences, and sums over tokens become sums over all ranks at the end of a block.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from edgeprune import plugins
+from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Slot
 from edgeprune.importance import Evidence, SlotEvidence
+from edgeprune.journal import Entry, Journal, Rows
+from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
 
 Progress = Callable[[str, int, int], None]
@@ -31,15 +46,95 @@ Progress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096
 """Tokens of one forward step: enough to keep the matrix units busy, few enough for one block's activations."""
 
+HELD_OUT_EVERY = 8
+"""One of so many calibration sequences is kept aside for the refit to judge itself."""
+
+LOGIT_BYTES = 256 << 20
+LOGIT_COPIES = 4
+"""Logits, their softmax and both gradients, float32, take `LOGIT_BYTES` in all."""
+
 SAMPLES = 8
 """A method that looks at samples sees the sequences in so many parts at least: enough to estimate a variance."""
+
+WEIGHT_NEEDS = frozenset({"gradient", "fisher"})
+GRADED_NEEDS = WEIGHT_NEEDS | {"mask-fisher"}
+"""Evidence that takes the gradients of weights, and all that takes a backward pass."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of the inputs of one Linear: `gram` `(K, K)` float32 is X^T X / tokens."""
+    """Moments of the inputs X `(tokens, K)` of one Linear, float32.
+
+    Attributes:
+        gram: `(K, K)`, X^T X / tokens of all tokens.
+        mean: `(K,)`, mean input of all tokens.
+        held_out_gram: `(K, K)`, the same of the tokens kept aside, on which a refit judges itself; None without any.
+        held_out_share: share of all tokens that is kept aside.
+        held_out_mean: `(K,)`, mean input of the tokens kept aside; None without any.
+    """
 
     gram: torch.Tensor
+    mean: torch.Tensor
+    held_out_gram: torch.Tensor | None = None
+    held_out_share: float = 0.0
+    held_out_mean: torch.Tensor | None = None
+
+    def fitting_gram(self) -> torch.Tensor:
+        """`(K, K)`: X^T X / tokens of the tokens that are not kept aside."""
+        if self.held_out_gram is None:
+            return self.gram
+        return (self.gram - self.held_out_share * self.held_out_gram) / (1 - self.held_out_share)
+
+    def packed(self) -> Entry:
+        """The same as an entry of the journal; two symmetric matrices share one square, one in each triangle."""
+        if self.held_out_gram is None or self.held_out_mean is None:
+            return Entry({"grams": self.gram, "mean": self.mean})
+        grams = self.gram.triu() + self.held_out_gram.tril(-1)
+        diagonal = self.held_out_gram.diagonal().clone()
+        return Entry(
+            {"grams": grams, "mean": self.mean, "held_out_diagonal": diagonal, "held_out_mean": self.held_out_mean},
+            {"held_out_share": self.held_out_share},
+        )
+
+    @classmethod
+    def unpacked(cls, entry: Entry) -> Self:
+        """Moments from an entry of the journal."""
+        tensors = entry.tensors
+        if "held_out_diagonal" not in tensors:
+            return cls(tensors["grams"], tensors["mean"])
+        held_out_gram = _mirrored(tensors["grams"].T.triu(1))
+        held_out_gram.diagonal().copy_(tensors["held_out_diagonal"])
+        return cls(
+            gram=_mirrored(tensors["grams"].triu()),
+            mean=tensors["mean"],
+            held_out_gram=held_out_gram,
+            held_out_share=entry.facts["held_out_share"],
+            held_out_mean=tensors["held_out_mean"],
+        )
+
+
+class JournalMoments(Mapping[str, Moments]):
+    """Moments by module name, read back from the journal each time they are asked for: they are large."""
+
+    def __init__(self, journal: Journal, modules: Iterable[str]) -> None:
+        self._journal = journal
+        self._modules = dict.fromkeys(modules)
+
+    def __getitem__(self, module: str) -> Moments:
+        if module not in self._modules:
+            raise KeyError(module)
+        return Moments.unpacked(self._journal.entry(moments_entry(module)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def moments_entry(module: str) -> str:
+    """Name of the journal's entry with the moments of a Linear's inputs."""
+    return f"moments-{module}"
 
 
 @dataclass(frozen=True)
@@ -51,11 +146,14 @@ class Stats:
             nobody asked for them.
         scores: group name -> float32 `(units,)`, higher = keep.
         loss: mean cross entropy in nats over the tokens the gradients saw; None if the method reads no gradients.
+        influence: of each block, 1 - mean cosine of its input and output (ShortGPT, arXiv 2403.03853): how much it
+            turns the hidden state.
     """
 
     moments: Mapping[str, Moments]
     scores: Mapping[str, torch.Tensor]
     loss: float | None
+    influence: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +188,11 @@ class Method:
         return needs
 
     @property
+    def reads_gradients(self) -> bool:
+        """Whether the method needs the backward pass."""
+        return bool(self.needs & GRADED_NEEDS)
+
+    @property
     def sampled(self) -> tuple[str, ...]:
         """Methods whose scores of single samples this method reads."""
         names: tuple[str, ...] = self.module.sampled(self.argument) if hasattr(self.module, "sampled") else ()
@@ -102,7 +205,7 @@ class Method:
 
 
 def gather(
-    model: Any,
+    model: PreTrainedModel | Decoder,
     groups: Sequence[Group],
     ids: torch.Tensor,
     method: Method,
@@ -110,265 +213,502 @@ def gather(
     with_moments: bool = True,
     dtype: torch.dtype = torch.float32,
     gradient_sequences: int | None = None,
+    step_tokens: int = BATCH_TOKENS,
+    journal: Journal | None = None,
+    ranks: Ranks | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Stats:
     """Moments and scores of every group, from calibration tokens `ids` `(N, T)` int64.
 
     Args:
-        model: the dense model, float32.
+        model: the dense model.
         groups: its groups.
         ids: calibration tokens.
         method: the importance method.
-        with_moments: gather the moments (the refit reads them) even if the method does not.
+        with_moments: keep the moments of all blocks (the refit reads them).
         dtype: of the matrix products (float32 or bfloat16); sums are float32 in both.
         gradient_sequences: how many of the sequences the gradients see; all by default. Every block's input is held
             for these.
+        step_tokens: tokens that go through a block at once.
+        journal: remembers every finished block; in memory by default.
+        ranks: the processes that share the sequences; this one alone by default.
         progress: told of every block.
 
     Raises:
         EdgepruneError: if the statistics are not finite (the model or the text is broken).
     """
-    walk = BlockWalk(model, groups, ids, dtype)
-    wants_gradients = "gradient" in method.needs
-    graded = min(gradient_sequences or len(ids), len(ids)) if wants_gradients else 0
-    moments: dict[str, Moments] = {}
-    scores: dict[str, torch.Tensor] = {}
-    hidden = walk.embed()
-    block_inputs: list[torch.Tensor] = []
+    graded = min(gradient_sequences or len(ids), len(ids)) if method.reads_gradients else 0
+    walk = BlockWalk(
+        Decoder.of(model),
+        groups,
+        ids,
+        method,
+        graded=graded,
+        with_moments=with_moments,
+        dtype=dtype,
+        step_tokens=step_tokens,
+        journal=Journal() if journal is None else journal,
+        ranks=Ranks() if ranks is None else ranks,
+    )
     for layer in range(walk.layers):
         progress("statistics", layer, walk.layers)
-        if graded:
-            block_inputs.append(hidden[:graded].to(dtype))
-        hidden, of_layer = walk.forward(layer, hidden, with_moments=with_moments or "inputs" in method.needs)
-        moments |= of_layer
-        if not wants_gradients:
-            for group in walk.groups[layer]:
-                scores[group.name] = method.scores(group, walk.evidence(group, moments))
+        walk.forward(layer)
     progress("statistics", walk.layers, walk.layers)
-    loss = None
-    if wants_gradients:
-        loss, gradient = walk.loss_gradient(hidden[:graded])
+    if graded:
+        walk.tail()
         for step, layer in enumerate(reversed(range(walk.layers))):
             progress("gradients", step, walk.layers)
-            found, gradient = walk.backward(layer, block_inputs.pop(), gradient, method, moments)
-            scores |= found
+            walk.backward(layer)
         progress("gradients", walk.layers, walk.layers)
-    for name, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise EdgepruneError(
-                f"the scores of {name} are not finite; expected finite activations and gradients: "
-                "check the model on this text, or calibrate in float32"
-            )
-    return Stats(moments=moments, scores=scores, loss=loss)
+    return walk.stats()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Sequences that go through a block in one step.
+
+    Attributes:
+        first: number of the first one among all calibration sequences.
+        rows: where they lie among the sequences of this rank.
+        is_graded: the loss gradients see them.
+        is_held_out: the refit is fitted without them, and judged on them.
+    """
+
+    first: int
+    rows: slice
+    is_graded: bool
+    is_held_out: bool
+
+    @property
+    def count(self) -> int:
+        """Number of sequences."""
+        return int(self.rows.stop - self.rows.start)
+
+    @property
+    def numbers(self) -> slice:
+        """Their numbers among all calibration sequences."""
+        return slice(self.first, self.first + self.count)
+
+
+def held_out(ids: torch.Tensor) -> torch.Tensor:
+    """The calibration sequences `(N, T)` that are kept aside: the last ones."""
+    return ids[len(ids) - len(ids) // HELD_OUT_EVERY :]
+
+
+def share_out(sequences: int, graded: int, step: int, sample: int, ranks: Ranks) -> list[Piece]:
+    """The pieces of this rank. What is graded, held out or one sample depends on the sequences' numbers alone.
+
+    Args:
+        sequences: number of calibration sequences of all ranks.
+        graded: the first so many are graded.
+        step: sequences of one step at most.
+        sample: sequences of one sample; a graded piece is cut into samples without a rest where there are enough.
+        ranks: who shares.
+    """
+    step = max(sample, min(step, -(-sequences // ranks.size)))
+    aside = sequences - sequences // HELD_OUT_EVERY
+    edges = sorted({0, graded, aside, sequences})
+    ranges = []
+    for begin, end in itertools.pairwise(edges):
+        stride = step // sample * sample if begin < graded else step
+        ranges += [(first, min(first + stride, end)) for first in range(begin, end, stride)]
+    pieces, row = [], 0
+    for first, end in ranges[ranks.rank :: ranks.size]:
+        rows = slice(row, row + end - first)
+        pieces.append(Piece(first, rows, is_graded=first < graded, is_held_out=first >= aside))
+        row = rows.stop
+    return pieces
 
 
 class BlockWalk:
-    """Runs a decoder block by block on fixed calibration tokens."""
+    """Walks a decoder block by block on fixed calibration tokens; every method is one step that the journal remembers.
 
-    def __init__(self, model: Any, groups: Sequence[Group], ids: torch.Tensor, dtype: torch.dtype) -> None:
-        self.model = model
+    Two ranks are never further apart than one step, so that the rows of the step before last may go.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        groups: Sequence[Group],
+        ids: torch.Tensor,
+        method: Method,
+        *,
+        graded: int,
+        with_moments: bool,
+        dtype: torch.dtype,
+        step_tokens: int,
+        journal: Journal,
+        ranks: Ranks,
+    ) -> None:
+        self.decoder = decoder
         self.ids = ids
+        self.method = method
+        self.graded = graded
         self.dtype = dtype
+        self.journal = journal
+        self.ranks = ranks
         self.groups = {
             layer: list(members)
             for layer, members in itertools.groupby(sorted(groups, key=lambda group: group.layer), lambda g: g.layer)
         }
         self.layers = len(self.groups)
-        self.blocks_name = blocks_name(groups)
-        self.blocks: nn.ModuleList = model.get_submodule(self.blocks_name)
-        self._batch = max(1, BATCH_TOKENS // ids.shape[1])
-        self._calls: list[dict[str, Any]] = []
+        self.keeps_moments = with_moments
+        self.gathers_moments = with_moments or "inputs" in method.needs
+        sequences, length_tokens = ids.shape
+        step = max(1, step_tokens // length_tokens)
+        self._sample: int | None = None  # sequences of one sample, where samples are wanted
+        if "fisher" in method.needs:
+            self._sample = 1  # F needs the gradient of every single sequence
+        elif method.sampled:
+            self._sample = min(step, max(1, graded // SAMPLES))
+        self._vocabulary = decoder.config.get_text_config().vocab_size
+        self.pieces = share_out(sequences, graded, step, self._sample or 1, self.ranks)
+        self._sequences = sum(piece.count for piece in self.pieces)
+        self._graded_here = sum(piece.count for piece in self.pieces if piece.is_graded)
+        self._calls = decoder.embed(ids[:1])[1]  # one sequence: arguments that fit a step of any size
 
-    def embed(self) -> torch.Tensor:
-        """Input of the first block for all tokens, `(N, T, D)`; notes with which arguments each block is called."""
-        recorders = [_StandIn(block) for block in self.blocks]
-        with torch.no_grad(), _blocks_replaced(self.model, self.blocks_name, recorders):
-            hidden = []
-            for rows in self.ids.split(self._batch):
-                self.model.base_model(input_ids=rows, use_cache=False)
-                hidden.append(recorders[0].hidden)
-            self.model.base_model(input_ids=self.ids[:1], use_cache=False)  # arguments that fit a batch of any size
-        self._calls = [recorder.arguments for recorder in recorders]
-        return torch.cat(hidden)
+    def forward(self, layer: int) -> None:
+        """Run a block: moments of the inputs of its Linears that read units, its influence, its scores."""
+        if self._is_done(f"statistics-{layer}"):
+            return
+        hidden, output = self._hidden(layer), self._hidden(layer + 1)
+        if layer == 0:
+            with self.decoder.outside(torch.float32):
+                for piece in self.pieces:
+                    hidden[piece.rows] = self.decoder.embed(self.ids[piece.numbers])[0]
+        modules = self._readers(layer) if self.gathers_moments else []
+        cosines = torch.zeros(2, dtype=torch.float64)  # sum over the tokens, and their number
+        with self.decoder.block(layer, self._weights_dtype) as block:
+            sums = [{name: InputSums(self._linear(block, layer, name).in_features) for name in modules} for _ in "ab"]
+            for piece in self.pieces:
+                x = hidden[piece.rows]
+                if piece.is_graded:
+                    self._block_input(layer)[piece.rows] = x
+                add = {name: of_linear.add for name, of_linear in sums[piece.is_held_out].items()}
+                with torch.no_grad(), self._inputs_shown(block, layer, add):
+                    y = self._run(layer, block, x)
+                cosine = nn.functional.cosine_similarity(x, y, dim=-1)
+                cosines += torch.tensor([cosine.double().sum(), cosine.numel()], dtype=torch.float64)
+                output[piece.rows] = y
+            self.ranks.sum([cosines, *(tensor for part in sums for found in part.values() for tensor in found.all())])
+            moments = {name: _moments(sums[0].pop(name), sums[1].pop(name)) for name in modules}
+            if (self.keeps_moments and self.ranks.is_first) or (self.graded and "inputs" in self.method.needs):
+                for name, found in moments.items():
+                    self.journal.put(moments_entry(name), found.packed())
+            tensors = {}
+            if not self.graded:
+                for group in self.groups[layer]:
+                    tensors[scores_of(group)] = self.method.scores(group, self._evidence(block, group, moments))
+        output.flush()
+        if self.graded:
+            self._block_input(layer).flush()
+        influence = 1.0 - float(cosines[0] / cosines[1])
+        self.journal.put(f"statistics-{layer}", Entry(tensors, {"influence": influence}))
+        self.journal.forget(f"hidden-{layer - 1}")
 
-    def forward(
-        self, layer: int, hidden: torch.Tensor, *, with_moments: bool = True
-    ) -> tuple[torch.Tensor, dict[str, Moments]]:
-        """Output of a block `(N, T, D)` and the moments of the inputs of its Linears that read units."""
-        slots = [slot for group in self.groups[layer] for slot in group.slots]
-        inner = [slot for slot in slots if slot.side == "in" and with_moments]
-        out = torch.empty_like(hidden)
-        with torch.no_grad(), _input_sums(self.model, inner) as sums:
-            for rows in torch.arange(len(hidden)).split(self._batch):
-                out[rows] = self._call(layer, hidden[rows]).to(out.dtype)
-        return out, {name: Moments(gram / count) for name, (gram, count) in sums.items()}
+    def tail(self) -> None:
+        """Mean next-token cross entropy over all graded tokens, and its gradient for the last block's output."""
+        if self._is_done("loss"):
+            return
+        hidden, gradient = self._hidden(self.layers), self._gradient(self.layers)
+        length_tokens = self.ids.shape[1]
+        chunk = max(1, LOGIT_BYTES // (LOGIT_COPIES * self._vocabulary * torch.float32.itemsize))
+        loss = torch.zeros(1, dtype=torch.float64)
+        with self.decoder.outside(self._weights_dtype):
+            for piece, offset in ((p, o) for p in self.pieces if p.is_graded for o in range(p.count)):
+                row = slice(piece.rows.start + offset, piece.rows.start + offset + 1)
+                ids, x = self.ids[piece.first + offset], hidden[row]
+                of_row = torch.zeros_like(x)
+                for begin in range(0, length_tokens - 1, chunk):
+                    part, wanted = x[:, begin : begin + chunk].requires_grad_(), ids[begin + 1 : begin + chunk + 1]
+                    with self._precision():
+                        logits = self.decoder.logits(part, self._weights_dtype)[0, : len(wanted)].float()
+                    nats = nn.functional.cross_entropy(logits, wanted, reduction="sum") / self._targets
+                    (of_row[:, begin : begin + chunk],) = torch.autograd.grad(nats, part)
+                    loss += nats.item()
+                gradient[row] = of_row
+        self.ranks.sum([loss])
+        gradient.flush()
+        self.journal.put("loss", Entry(facts=loss.item()))
 
-    def loss_gradient(self, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Mean next-token cross entropy over all tokens, and its gradient for the last block's output `(S, T, D)`."""
-        gradient = torch.empty(hidden.shape)
-        targets = hidden.shape[0] * (hidden.shape[1] - 1)
-        loss = 0.0
-        for row in range(len(hidden)):
-            x = hidden[row : row + 1].float().requires_grad_()
-            replays = [_StandIn(block, replay=x) for block in self.blocks]
-            with _blocks_replaced(self.model, self.blocks_name, replays), self._precision():
-                logits = self.model(input_ids=self.ids[row : row + 1], use_cache=False).logits
-            nats = nn.functional.cross_entropy(logits[0, :-1].float(), self.ids[row, 1:], reduction="sum") / targets
-            (gradient[row : row + 1],) = torch.autograd.grad(nats, x)
-            loss += nats.item()
-        return loss, gradient
-
-    def backward(
-        self,
-        layer: int,
-        hidden: torch.Tensor,
-        gradient: torch.Tensor,
-        method: Method,
-        moments: Mapping[str, Moments],
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Scores of a block's groups, and the loss gradient for its input, from that for its output `(S, T, D)`."""
+    def backward(self, layer: int) -> None:
+        """Scores of a block's groups, and the loss gradient for its input, from that for its output."""
+        if self._is_done(f"gradients-{layer}"):
+            return
         groups = self.groups[layer]
-        weights = {s.module: _weight(self.model, s) for group in groups for s in group.slots}
-        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        wants_squares = "fisher" in method.needs
-        if wants_squares:
-            step = 1  # F needs the gradient of every single sequence
-        else:
-            step = min(self._batch, max(1, len(hidden) // SAMPLES)) if method.sampled else self._batch
-        squares = {name: torch.zeros_like(weight) for name, weight in weights.items()} if wants_squares else {}
-        samplers = [Method.parse(name) for name in method.sampled]
-        samples: dict[str, dict[str, list[torch.Tensor]]] = {g.name: {m.name: [] for m in samplers} for g in groups}
-        incoming = torch.empty_like(gradient)
-        with _gradients_for(self.model, weights.values()):
-            for rows in torch.arange(len(hidden)).split(step):
-                x = hidden[rows].float().requires_grad_()
-                y = self._call(layer, x).float()
-                found = torch.autograd.grad(y, [x, *weights.values()], gradient[rows])
-                incoming[rows] = found[0]
-                for name, of_weight in zip(weights, found[1:], strict=True):
-                    sums[name] += of_weight
-                    if wants_squares:
-                        # the loss is a mean over S samples; F wants the gradient of each sample's own mean loss
-                        squares[name] += (of_weight * len(hidden)).square() / len(hidden)
-                if samplers:
-                    of_sample = dict(zip(weights, found[1:], strict=True))
-                    for group, sampler in itertools.product(groups, samplers):
-                        evidence = self.evidence(group, moments, of_sample)
-                        samples[group.name][sampler.name].append(sampler.scores(group, evidence))
-        scores = {}
-        for group in groups:
-            of_samples = {name: torch.stack(values) for name, values in samples[group.name].items()}
-            scores[group.name] = method.scores(group, self.evidence(group, moments, sums, squares, of_samples))
-        return scores, incoming
+        inputs, outgoing, incoming = self._block_input(layer), self._gradient(layer + 1), self._gradient(layer)
+        wants_squares = "fisher" in self.method.needs
+        graded_slots = [slot for group in groups for slot in group.slots] if self.method.needs & WEIGHT_NEEDS else []
+        masked = groups if "mask-fisher" in self.method.needs else []
+        masks = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in masked}
+        readers = self._readers(layer) if masked else []
+        samplers = [Method.parse(name) for name in self.method.sampled]
+        read = self._readers(layer) if "inputs" in self.method.needs else []
+        moments = {name: Moments.unpacked(self.journal.entry(moments_entry(name))) for name in read}
+        samples: list[tuple[int, dict[tuple[str, str], torch.Tensor]]] = []
+        with self.decoder.block(layer, torch.float32) as block:
+            weights = {slot.module: self._linear(block, layer, slot.module).weight for slot in graded_slots}
+            sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            squares = {name: torch.zeros_like(weight) for name, weight in weights.items()} if wants_squares else {}
+            with _gradients_for(block, weights.values()):
+                for first, rows in self._graded_steps():
+                    incoming[rows], of_step, effects = self._backpropagated(
+                        layer, block, inputs[rows].float(), outgoing[rows], weights, readers
+                    )
+                    for group in masked:
+                        masks[group.name] += self._mask_squares(group, effects)
+                    for name, of_weight in of_step.items():
+                        sums[name] += of_weight
+                        if wants_squares:
+                            # the loss is a mean over S samples; F wants the gradient of each sample's own mean loss
+                            squares[name] += (of_weight * self.graded).square() / self.graded
+                    scores = {
+                        (group.name, sampler.name): sampler.scores(
+                            group, self._evidence(block, group, moments, of_step)
+                        )
+                        for group, sampler in itertools.product(groups, samplers)
+                    }
+                    samples.append((first, scores))
+            self.ranks.sum([*sums.values(), *squares.values(), *masks.values()])
+            samples = sorted(itertools.chain(*self.ranks.gather(samples)), key=lambda sample: sample[0])
+            tensors = {}
+            for group in groups:
+                of_samples = {m.name: torch.stack([s[group.name, m.name] for _, s in samples]) for m in samplers}
+                evidence = self._evidence(block, group, moments, sums, squares, of_samples, masks)
+                tensors[scores_of(group)] = self.method.scores(group, evidence)
+        incoming.flush()
+        self.journal.put(f"gradients-{layer}", Entry(tensors))
+        self.journal.forget(f"gradient-{layer + 2}", f"inputs-{layer + 1}")
 
-    def evidence(
+    def stats(self) -> Stats:
+        """What all steps found.
+
+        Raises:
+            EdgepruneError: if a score is not finite.
+        """
+        self.ranks.all(True)  # nobody has a step to repeat any more
+        self.journal.forget(f"hidden-{self.layers - 1}", f"hidden-{self.layers}", "inputs-0")
+        self.journal.forget("gradient-0", "gradient-1")
+        scores: dict[str, torch.Tensor] = {}
+        influence = []
+        for layer in range(self.layers):
+            statistics = f"statistics-{layer}"
+            influence.append(float(self.journal.facts(statistics)["influence"]))
+            step = f"gradients-{layer}" if self.graded else statistics
+            scores |= {g.name: self.journal.tensor(step, scores_of(g)) for g in self.groups[layer]}
+        for name, values in scores.items():
+            if not torch.isfinite(values).all():
+                raise EdgepruneError(
+                    f"the scores of {name} are not finite; expected finite activations and gradients: "
+                    "check the model on this text, or calibrate in float32"
+                )
+        kept = [name for layer in range(self.layers) for name in self._readers(layer)] if self.keeps_moments else []
+        loss = float(self.journal.facts("loss")) if self.graded else None
+        return Stats(moments=JournalMoments(self.journal, kept), scores=scores, loss=loss, influence=influence)
+
+    def _evidence(
         self,
+        block: nn.Module,
         group: Group,
         moments: Mapping[str, Moments],
         gradients: Mapping[str, torch.Tensor] | None = None,
         squares: Mapping[str, torch.Tensor] | None = None,
         samples: Mapping[str, torch.Tensor] | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
     ) -> Evidence:
         """Evidence of one group, oriented so that dimension 0 is the channel."""
-        slots = []
-        for slot in group.slots:
-            rows = slice(slot.start, slot.start + group.units * slot.size)
-            of_inputs = moments.get(slot.module) if slot.side == "in" else None
-            slots.append(
-                SlotEvidence(
-                    slot=slot,
-                    weight=_channels(_weight(self.model, slot).detach(), slot, rows),
-                    gradient=_channels(gradients[slot.module], slot, rows) if gradients else None,
-                    fisher=_channels(squares[slot.module], slot, rows) if squares else None,
-                    input_sq_mean=of_inputs.gram.diagonal()[rows] if of_inputs else None,
-                )
-            )
-        return Evidence(tuple(slots), samples or {})
 
-    def _call(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        def of_slot(slot: Slot, units: int) -> SlotEvidence:
+            rows = slice(slot.start, slot.start + units * slot.size)
+            weight = self._linear(block, group.layer, slot.module).weight.detach()
+            inputs = moments.get(slot.module) if slot.side == "in" else None
+            return SlotEvidence(
+                slot=slot,
+                weight=_channels(weight, slot, rows),
+                gradient=_channels(gradients[slot.module], slot, rows) if gradients else None,
+                fisher=_channels(squares[slot.module], slot, rows) if squares else None,
+                input_sq_mean=inputs.gram.diagonal()[rows] if inputs else None,
+                input_mean=inputs.mean[rows] if inputs else None,
+                gram=inputs.gram[rows, rows] if inputs else None,
+            )
+
+        readers, masks = self._dependants(group), masks or {}
+        return Evidence(
+            slots=tuple(of_slot(slot, group.units) for slot in group.slots),
+            samples=samples or {},
+            dependants=tuple(of_slot(slot, reader.units) for reader in readers for slot in reader.slots),
+            mask_fisher=masks.get(group.name),
+            dependants_mask_fisher=next((masks.get(reader.name) for reader in readers), None),
+        )
+
+    def _dependants(self, group: Group) -> list[Group]:
+        """The groups whose units go with a unit of this one."""
+        return [other for other in self.groups[group.layer] if other.parent == group.name]
+
+    def _backpropagated(
+        self,
+        layer: int,
+        block: nn.Module,
+        x: torch.Tensor,
+        outgoing: torch.Tensor,
+        weights: Mapping[str, torch.Tensor],
+        readers: Sequence[str],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Gradients of one step for the block's input and for the weights, and the effects of masks.
+
+        Args:
+            layer: number of the block.
+            block: the block.
+            x: `(B, T, D)` float32, its input.
+            outgoing: `(B, T, D)` float32, the loss gradient for its output.
+            weights: the weights whose gradients are wanted.
+            readers: Linears of whose inputs h the effects `h * dloss/dh` `(B, T, K)` float32 are wanted.
+        """
+        x.requires_grad_()
+        read: dict[str, torch.Tensor] = {}
+        with self._inputs_shown(block, layer, {name: partial(read.__setitem__, name) for name in readers}):
+            y = self._run(layer, block, x)
+        of_x, *others = torch.autograd.grad(y, [x, *weights.values(), *read.values()], outgoing)
+        of_weights, of_read = others[: len(weights)], others[len(weights) :]
+        pairs = zip(read.items(), of_read, strict=True)
+        effects = {name: h.detach().float() * gradient for (name, h), gradient in pairs}
+        return of_x, dict(zip(weights, of_weights, strict=True)), effects
+
+    def _mask_squares(self, group: Group, effects: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a step adds to the mask Fisher information of each unit, from `_backpropagated`: float64 `(units,)`."""
+        reader = next(iter(self._dependants(group)), group)  # KV heads have one mask for all their query heads
+        slot = reader.inner
+        channels = effects[slot.module][..., slot.start : slot.start + reader.units * slot.size]
+        # the loss is a mean over all targets; the information is of the nats themselves, and the mean of their squares
+        of_units = channels.reshape(-1, group.units, channels.shape[-1] // group.units).sum(-1) * self._targets
+        return of_units.square().sum(0, dtype=torch.float64) / self._targets
+
+    def _is_done(self, step: str) -> bool:
+        return self.ranks.all(step in self.journal)
+
+    def _readers(self, layer: int) -> list[str]:
+        """Names of a block's Linears that read units."""
+        return [slot.module for group in self.groups[layer] for slot in group.slots if slot.side == "in"]
+
+    def _linear(self, block: nn.Module, layer: int, name: str) -> nn.Linear:
+        linear = block.get_submodule(name.removeprefix(self.decoder.prefix(layer)))
+        assert isinstance(linear, nn.Linear), f"a slot names {name}, which is no Linear"
+        return linear
+
+    def _graded_steps(self) -> Iterator[tuple[int, slice]]:
+        """(number of the first sequence, rows) of each backward step: a sample where samples are wanted."""
+        for piece in filter(lambda piece: piece.is_graded, self.pieces):
+            step = self._sample or piece.count
+            for offset in range(0, piece.count, step):
+                row = piece.rows.start + offset
+                yield piece.first + offset, slice(row, min(row + step, piece.rows.stop))
+
+    @property
+    def _targets(self) -> int:
+        """Graded tokens that are predicted, on all ranks: all but the first of each sequence."""
+        return self.graded * (self.ids.shape[1] - 1)
+
+    def _hidden(self, layer: int) -> Rows:
+        shape = (self._sequences, self.ids.shape[1], self.decoder.config.hidden_size)
+        return self.journal.rows(f"hidden-{layer}", shape, torch.float32)
+
+    def _block_input(self, layer: int) -> Rows:
+        shape = (self._graded_here, self.ids.shape[1], self.decoder.config.hidden_size)
+        return self.journal.rows(f"inputs-{layer}", shape, self.dtype)
+
+    def _gradient(self, layer: int) -> Rows:
+        shape = (self._graded_here, self.ids.shape[1], self.decoder.config.hidden_size)
+        return self.journal.rows(f"gradient-{layer}", shape, torch.float32)
+
+    def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         with self._precision():
-            output = self.blocks[layer](hidden, **self._calls[layer])
-        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+            return self.decoder.run(layer, block, hidden, self._calls).float()
+
+    @property
+    def _weights_dtype(self) -> torch.dtype | None:
+        """None under autocast, which takes weights as they are; without it they must be as the hidden states."""
+        return None if self.dtype == torch.bfloat16 else torch.float32
 
     def _precision(self) -> torch.autocast:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    @contextmanager
+    def _inputs_shown(
+        self, block: nn.Module, layer: int, watchers: Mapping[str, Callable[[torch.Tensor], None]]
+    ) -> Iterator[None]:
+        """Inside, the watcher of each named Linear is called with what the Linear reads."""
+        hooks = []
+        for name, watcher in watchers.items():
 
-def blocks_name(groups: Sequence[Group]) -> str:
-    """Module name of the list of decoder blocks, from the slots: `model.layers.3.mlp.up_proj` -> `model.layers`."""
-    group = groups[0]
-    return group.slots[0].module.partition(f".{group.layer}.")[0]
+            def show(
+                _module: nn.Module,
+                inputs: tuple[torch.Tensor, ...],
+                watcher: Callable[[torch.Tensor], None] = watcher,
+            ) -> None:
+                watcher(inputs[0])
+
+            hooks.append(self._linear(block, layer, name).register_forward_pre_hook(show))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
-def _weight(model: Any, slot: Slot) -> torch.Tensor:
-    weight: torch.Tensor = model.get_submodule(slot.module).weight
-    return weight
+def scores_of(group: Group) -> str:
+    """Key of a group's scores in the entry of its block."""
+    return f"scores.{group.name}"
+
+
+class InputSums:
+    """Sums over the tokens that a Linear has read: X^T X `(K, K)`, the sum of inputs `(K,)`, and their number."""
+
+    def __init__(self, inputs: int) -> None:
+        self.gram = torch.zeros(inputs, inputs)
+        self.total = torch.zeros(inputs)
+        self.tokens = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add inputs `(..., K)` of any precision."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.gram.addmm_(x.T, x)
+        self.total += x.sum(0)
+        self.tokens += len(x)
+
+    def all(self) -> list[torch.Tensor]:
+        """The tensors that are summed over all ranks."""
+        return [self.gram, self.total, self.tokens]
+
+
+def _moments(fitting: InputSums, held_out: InputSums) -> Moments:
+    """Moments of both parts of the tokens; the sums are used up."""
+    tokens, aside = float(fitting.tokens + held_out.tokens), float(held_out.tokens)
+    if not aside:
+        return Moments(_mirrored(fitting.gram.triu_()) / tokens, fitting.total / tokens)
+    return Moments(
+        gram=_mirrored((fitting.gram.add_(held_out.gram)).triu_()).div_(tokens),
+        mean=(fitting.total + held_out.total) / tokens,
+        held_out_gram=_mirrored(held_out.gram.triu_()).div_(aside),
+        held_out_share=aside / tokens,
+        held_out_mean=held_out.total / aside,
+    )
+
+
+def _mirrored(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix of an upper triangle; products of matrices are symmetric but for rounding."""
+    return upper + upper.triu(1).T
 
 
 def _channels(matrix: torch.Tensor, slot: Slot, rows: slice) -> torch.Tensor:
     return (matrix if slot.side == "out" else matrix.T)[rows].float()
 
 
-class _StandIn(nn.Module):
-    """Stands in for a block: keeps what it is called with, and hands on the hidden states, or those given to replay."""
-
-    def __init__(self, block: nn.Module, replay: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self._modules["block"] = block
-        self.replay = replay
-        self.hidden = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        # models read attributes such as `attention_type` off their blocks
-        block = self.__dict__["_modules"]["block"]
-        return block if name == "block" else getattr(block, name)
-
-    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.hidden, self.arguments = hidden, arguments
-        return hidden if self.replay is None else self.replay
-
-
 @contextmanager
-def _blocks_replaced(model: Any, name: str, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-    parent_name, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    blocks = getattr(parent, attribute)
-    setattr(parent, attribute, nn.ModuleList(stand_ins))
-    try:
-        yield
-    finally:
-        setattr(parent, attribute, blocks)
-
-
-@contextmanager
-def _input_sums(model: Any, slots: Sequence[Slot]) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
-    """Per module: X^T X `(K, K)` and the number of tokens, filled while the block inside runs."""
-    sums: dict[str, tuple[torch.Tensor, int]] = {}
-    hooks = []
-    for slot in slots:
-        module = model.get_submodule(slot.module)
-
-        def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = slot.module) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            gram, count = sums.get(name, (torch.zeros(x.shape[1], x.shape[1]), 0))
-            sums[name] = (gram.addmm_(x.T, x), count + len(x))
-
-        hooks.append(module.register_forward_pre_hook(add))
-    try:
-        yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _gradients_for(model: Any, weights: Iterable[torch.Tensor]) -> Iterator[None]:
+def _gradients_for(block: nn.Module, weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """Only these weights ask for gradients inside."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
     try:
-        model.requires_grad_(False)
+        block.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
         yield

@@ -1,17 +1,21 @@
-"""Weight files on disk, checked before a byte of them becomes a tensor.
+"""Weight files on disk, checked before a byte of them becomes a tensor, and read and written one tensor at a time.
 
 A weight file is untrusted input: its header is held against the size of the file, an index may not name files outside
-its folder, and pickles are read by torch's `weights_only` loader alone (which refuses code). Nothing here allocates
-more than a header.
+its folder, and pickles are read by torch's `weights_only` loader alone (which refuses code). Checking allocates no more
+than a header, reading and writing no more than one tensor.
 """
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
 
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -25,6 +29,10 @@ DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+DTYPES = FLOATS | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_ALIGNMENT = 8  # the tensors begin at a multiple of it
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,84 @@ class TensorHeader:
 
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "TensorHeader":
+        """Header of a tensor; its values are not looked at, so it may lie on the meta device."""
+        return cls(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the values take."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class SafetensorsWriter:
+    """A safetensors file written one tensor at a time, in any order.
+
+    The header stands first in the file, and needs only dtypes and shapes: a model that is made block by block can be
+    written block by block. On leaving without an error every tensor must have been written; the file is on the disk
+    then.
+    """
+
+    def __init__(self, file: Path, headers: Mapping[str, TensorHeader], metadata: Mapping[str, str]) -> None:
+        # Wide dtypes first keeps every tensor aligned, the name makes the file the same whatever the order of writing.
+        order = sorted(headers, key=lambda name: (-DTYPE_BITS[headers[name].dtype], name))
+        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name in order:
+            begin, end = end, end + headers[name].size_bytes
+            entries[name] = {
+                "dtype": headers[name].dtype,
+                "shape": list(headers[name].shape),
+                "data_offsets": [begin, end],
+            }
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % HEADER_ALIGNMENT)
+        self._start = 8 + len(header)
+        self._offsets = {name: self._start + entries[name]["data_offsets"][0] for name in order}
+        self._headers = dict(headers)
+        self._missing = set(order)
+        self._stream = file.open("wb")
+        self._stream.write(struct.pack("<Q", len(header)) + header)
+        self._stream.truncate(self._start + end)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the values of one tensor."""
+        assert TensorHeader.of(tensor) == self._headers[name], f"{name} is not as its header says"
+        self._stream.seek(self._offsets[name])
+        self._stream.write(bytes_of(tensor.detach().cpu().contiguous()))
+        self._missing.discard(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        try:
+            if error_type is None:
+                assert not self._missing, f"{min(self._missing)} was not written"
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to be written from or read into."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file, copied out of a mapping that is closed again: only the tensor stays in memory.
+
+    Raises:
+        EdgepruneError: if the file has no such tensor.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        if name not in tensors.keys():  # noqa: SIM118 - it is no mapping, `in` would not work
+            raise EdgepruneError(f"{file} holds no tensor {name!r}; fetch or write the file again")
+        tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor.clone()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -62,6 +148,15 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
     for file in files:
         tensors |= read_safetensors_header(file)
     return tensors
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which of a folder's safetensors files holds each tensor.
+
+    Raises:
+        EdgepruneError: if a file is truncated or its header damaged.
+    """
+    return {name: file for file in weight_files(folder) for name in read_safetensors_header(file)}
 
 
 def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:

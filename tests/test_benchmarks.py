@@ -1,16 +1,25 @@
-"""The benchmark scripts start, and on a tiny trained model give Markdown and end with one JSON document."""
+"""The benchmark scripts start, give Markdown and end with one JSON document; their judging equals a literal version."""
 
+import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from toys import toy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edgeprune_runtime.errors import EdgepruneError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("main_job", "accuracy", "speed", "export")
-TINY_CALIBRATION = ("--calibration-sequences", "8", "--calibration-tokens", "64", "--gradient-sequences", "4")
+SCRIPTS = ("main_job", "accuracy", "memory", "speed", "export")
+TINY_CALIBRATION = ("--calibration-sequences", "8", "--calibration-tokens", "64")
+TINY_LLAMA = ("--hidden", "64", "--heads", "4", "--channels", "160", "--vocabulary", "300")
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +33,26 @@ def report(name: str, *arguments: str) -> dict[str, Any]:
     assert done.stdout.startswith("# ")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def evaluation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return module("evaluation", monkeypatch)
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return module("results", monkeypatch)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return module("memory", monkeypatch)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -40,25 +69,333 @@ def test_missing_texts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert "benchmarks/README.md" in done.stderr
 
 
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def random_questions(evaluation: Any, count: int = 9) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (1,), generator=generator))
+        return list(map(int, torch.randint(3, 97, (length,), generator=generator)))
+
+    return [evaluation.Question(tokens(1, 20), [tokens(1, 9) for _ in range(1 + n % 4)]) for n in range(count)]
+
+
+def literal_score(model: Any, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """One row of its own for every continuation, all logits, one token at a time."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([context + continuation]), use_cache=False).logits[0]
+    nats, greedy = 0.0, True
+    for place, token in enumerate(continuation):
+        row = logits[len(context) + place - 1]
+        nats -= float(row[token] - torch.logsumexp(row, 0))
+        greedy = greedy and int(row.argmax()) == token
+    return nats, greedy
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen3", "smollm3"])
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+def test_scores_equal_a_forward_pass_for_each_continuation(
+    evaluation: Any, monkeypatch: pytest.MonkeyPatch, name: str, batch_tokens: int
+) -> None:
+    model, questions = toy(name), random_questions(evaluation)
+    # Of each first continuation the likeliest token, so that some are greedy.
+    with torch.inference_mode():
+        for question in questions[::2]:
+            best = model(torch.tensor([question.context])).logits[0, -1].argmax()
+            question.continuations[0][:] = [int(best)]
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(evaluation, "LOGIT_ROWS", 5)
+    progress: list[tuple[int, int]] = []
+    scores = evaluation.score(model, questions, lambda *done: progress.append(done), greedy=True)
+    assert progress[-1] == (len(questions), len(questions))
+    found = [(score.nats, score.is_greedy) for of_question in scores for score in of_question]
+    wanted = [literal_score(model, q.context, tokens) for q in questions for tokens in q.continuations]
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert any(greedy for _, greedy in wanted)
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in wanted], rel=1e-5, abs=1e-5)
+    unasked = evaluation.score(model, questions, lambda *done: None)
+    assert {score.is_greedy for of_question in unasked for score in of_question} == {None}
+
+
+def test_batches_hold_every_row_once_within_the_budget(evaluation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 20)
+    lengths = [3, 30, 7, 7, 1, 9, 10, 2, 5]
+    batches = list(evaluation.batches(lengths))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    padded = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    assert all(tokens <= 20 or len(batch) == 1 for tokens, batch in zip(padded, batches, strict=True))
+    assert len(batches) == 4
+
+
+def test_a_passage_beyond_the_context_is_refused(evaluation: Any) -> None:
+    with pytest.raises(EdgepruneError, match=r"129 tokens.* holds 128"):
+        evaluation.score(toy("llama"), [evaluation.Question([5], [[6] * 128])], lambda *done: None)
+
+
+def test_bfloat16_copy_keeps_rotary_frequencies_and_the_model(evaluation: Any) -> None:
+    model = toy("llama-mha")
+    judged = evaluation.in_dtype(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in judged.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert judged.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert judged.lm_head.weight is judged.model.embed_tokens.weight
+    assert evaluation.in_dtype(model, torch.float32) is model
+    questions = random_questions(evaluation)
+    exact, rounded = (evaluation.score(m, questions, lambda *done: None) for m in (model, judged))
+    for of_exact, of_rounded in zip(exact, rounded, strict=True):
+        assert [s.nats for s in of_rounded] == pytest.approx([s.nats for s in of_exact], rel=0.1, abs=0.2)
+
+
+def test_choices_are_judged_by_sum_and_by_characters(evaluation: Any) -> None:
+    def scored(*nats: float) -> list[Any]:
+        return [evaluation.Score(value, None) for value in nats]
+
+    questions = [
+        evaluation.Question([1], [[2], [3, 4]], characters=[2, 10], answer=0),
+        evaluation.Question([1], [[2], [3, 4]], characters=[2, 10], answer=1),
+        evaluation.Question([1], [[2], [3]], characters=[4, 4], answer=1),
+    ]
+    # Of equals the first is taken.
+    result = evaluation.Choices("x", Path(), None).judge(questions, [scored(3, 5), scored(3, 5), scored(2, 2)])
+    assert result == {"acc": "100", "acc_norm": "010"}
+    assert evaluation.accuracy(result["acc"]) == pytest.approx(1 / 3)
+
+
+def test_perplexity_weighs_tokens_not_passages(evaluation: Any) -> None:
+    assert evaluation.perplexity({"nats": [1.0, 8.0], "tokens": [1, 3]}) == pytest.approx(math.exp(9 / 4))
+
+
+def test_continuation_is_what_follows_the_tokens_of_the_context(evaluation: Any, stories260k: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    asked = evaluation.question(tokenizer, "Once upon a time there was", ["a girl", "two cats"], 1)
+    whole = tokenizer("Once upon a time there was two cats")["input_ids"]
+    assert [*asked.context, *asked.continuations[1]] == whole
+    assert asked.characters == [6, 8]
+    assert asked.answer == 1
+    # Spaces at the end of the context stand before the continuation.
+    assert evaluation.question(tokenizer, "there was ", ["a girl"]).context == tokenizer("there was")["input_ids"]
+    with pytest.raises(EdgepruneError, match="no token"):
+        evaluation.question(tokenizer, "there was", [""])
+
+
+def test_windows_do_not_overlap_and_leave_out_the_end(evaluation: Any, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one two\nthree\n", "utf-8")
+    seen: list[str] = []
+
+    def tokenizer(text: str, verbose: bool) -> dict[str, list[int]]:
+        seen.append(text)
+        return {"input_ids": list(range(11))}
+
+    questions = evaluation.Windows(path, 4, None).questions(tokenizer)
+    assert [[*q.context, *q.continuations[0]] for q in questions] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(evaluation.Windows(path, 4, 1).questions(tokenizer)) == 1
+    assert seen[0] == "one two\n\n\nthree\n"
+    with pytest.raises(EdgepruneError, match="11 tokens"):
+        evaluation.Windows(path, 12, None).questions(tokenizer)
+
+
 @pytest.mark.slow
-def test_accuracy_measures_equal_recipes_once_and_several_seeds(data_folder: Path, stories260k: Path) -> None:
-    found = report(
-        *("accuracy", "--model", str(stories260k), "--data", str(data_folder), *TINY_CALIBRATION),
-        *("--windows", "2", "--window", "64", "--lambada", "4", "--seeds", "0", "1"),
-        *("--recipe", "a=magnitude", "--recipe", "b=magnitude||refit", "--recipe", "c=magnitude||no-refit"),
+def test_stories_have_the_perplexity_of_the_model_card(evaluation: Any, data_folder: Path, stories260k: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
+    path = data_folder / "text" / "tinystories_train_sample.jsonl"
+
+    def judged(*, every_other: bool) -> Any:
+        task = evaluation.Documents(path, 512, None, every_other=every_other)
+        questions = task.questions(tokenizer)
+        return task.judge(questions, evaluation.score(model, questions, lambda *done: None))
+
+    whole, half = judged(every_other=False), judged(every_other=True)
+    assert len(whole["tokens"]) == 317
+    assert evaluation.perplexity(whole) == pytest.approx(4.51, abs=0.005)
+    assert half["tokens"] == whole["tokens"][1::2]
+
+
+@pytest.mark.slow
+def test_scores_equal_those_of_lm_evaluation_harness(evaluation: Any, data_folder: Path, stories260k: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install edgeprune[eval]")
+    from lm_eval.api.instance import Instance
+
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
+    harness: Any = importlib.import_module("lm_eval.models.huggingface")
+    reference = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    for task in (
+        evaluation.Lambada(data_folder / "text" / "lambada.jsonl", 12),
+        evaluation.Choices("arc_easy", data_folder / "tasks" / "arc_easy.jsonl", 12),
+    ):
+        questions = task.questions(tokenizer)
+        found = [s for of_question in evaluation.score(model, questions, print, greedy=True) for s in of_question]
+        rows = [json.loads(line) for line in task.path.read_text("utf-8").split("\n")[:12]]
+        pairs = [(row["context"], f" {text}") for row in rows for text in row.get("choices") or [row["target"]]]
+        asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+        wanted = reference.loglikelihood(asked, disable_tqdm=True)
+        assert [-s.nats for s in found] == pytest.approx([likelihood for likelihood, _ in wanted], rel=1e-4)
+        assert [s.is_greedy for s in found] == [greedy for _, greedy in wanted]
+
+
+# --- results and recipes ----------------------------------------------------------------------------------------------
+
+
+def test_results_are_found_again_also_behind_a_line_that_was_cut_off(results: Any, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "results.jsonl"
+    first = results.Results(path)
+    assert first.find({"a": 1, "b": 2}) is None
+    first.add({"a": 1, "b": 2}, {"result": 3, "code": "old"})
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"key": {"a": 2}, "resu')
+    second = results.Results(path)
+    second.add({"a": 3}, {"result": 4, "code": "new"})
+    third = results.Results(path)
+    assert third.find({"b": 2, "a": 1})["result"] == 3
+    assert third.find({"a": 2}) is None
+    assert third.find({"a": 3})["result"] == 4
+    assert results.Results(path, code="new").find({"a": 1, "b": 2}) is None
+
+
+def test_recipes_of_the_table_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = module("recipes", monkeypatch)
+    found = recipes.named(recipes.Settings(0.2))
+    assert {recipe.kind for recipe in found} == {"other", "fusion", "ours"}
+    assert len({recipe.name for recipe in found}) == len(found)
+    assert all(recipe.at(0.5).ratio == 0.5 for recipe in found)
+    fusion = [recipe.settings for recipe in found if recipe.kind == "fusion"]
+    assert len({(s.allocation, s.refit, s.heads) for s in fusion}) == 1
+
+
+@pytest.mark.parametrize("text", ["obs", "=obs", "a=obs|uniform|none|even|more", "a=obs||maybe", "a=osb", "a=obs|||no"])
+def test_recipes_that_are_not_understood_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    recipes = module("recipes", monkeypatch)
+    with pytest.raises(EdgepruneError):
+        recipes.parse_recipe(text, recipes.Settings(0.2))
+
+
+def test_fusion_is_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = module("accuracy", monkeypatch)
+
+    def row(**values: float) -> Any:
+        return SimpleNamespace(values={"perplexity": values})
+
+    trio = [row(s0=10.0, s1=20.0), row(s0=8.0, s1=30.0), row(s0=4.0, s1=40.0)]
+    (verdict,) = accuracy._fusion_verdict(0.2, trio)
+    assert "1.250 times" in verdict.text
+    assert "1 of 2 seeds" in verdict.text
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accuracy_measures_once_what_is_equal_and_goes_on_where_it_stopped(
+    data_folder: Path, stories260k: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.jsonl"
+    common = (
+        *("--model", str(stories260k), "--data", str(data_folder), *TINY_CALIBRATION, "--results", str(path)),
+        *("--windows", "2", "--window", "64", "--dtype", "float32", "--eval-dtype", "float32"),
+        *("--recipe", "a=magnitude||none", "--recipe", "b=magnitude|protect|none", "--recipe", "c=magnitude|uniform"),
     )
-    dense, a, b, c = found["tables"][0]["rows"]
+
+    def measured() -> list[Any]:
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+    first = report("accuracy", *common, "--ratios", "0.1", "0.2")
+    dense, a, b, c = first["tables"][1]["rows"]
     assert dense["times dense"] == 1.0
-    assert a["perplexity"] == b["perplexity"] != c["perplexity"]
-    assert a["spread"] > 0.0
-    assert list(found["data"]["recipes"]["a"]["seeds"]) == ["0", "1"]
+    assert dense["perplexity"] < a["perplexity"] == b["perplexity"] != c["perplexity"]
+    assert len(measured()) == 1 + 2 * 2  # dense, and two recipes that differ at two ratios
+
+    more = (*common, "--ratios", "0.2", "--seeds", "0", "1", "--lambada", "4", "--arc-easy", "4")
+    shown = report("accuracy", *more, "--only-table")
+    assert len(measured()) == 5
+    assert len(shown["data"]["missing"]) == 5 * 3 - 3
+    second = report("accuracy", *more)
+    assert second["data"]["missing"] == []
+    assert len(measured()) == 5 + 5 * 3 - 3
+    third = report("accuracy", *more)
+    assert third["tables"] == second["tables"]
+    assert len(measured()) == 5 + 5 * 3 - 3
+    assert set(second["data"]["ratios"]["0.2"]["c"]["values"]["ARC-easy norm"]) == {"0", "1"}
+    assert "(" in second["tables"][0]["rows"][3]["perplexity"]
+
+
+@pytest.mark.slow
+def test_accuracy_calibrates_on_one_half_of_the_documents_and_judges_the_other(
+    data_folder: Path, stories260k: Path, tmp_path: Path
+) -> None:
+    stories = data_folder / "text" / "tinystories_train_sample.jsonl"
+    found = report(
+        *("accuracy", "--model", str(stories260k), "--documents", str(stories), "--windows", "all"),
+        *(*TINY_CALIBRATION, "--results", str(tmp_path / "results.jsonl")),
+        *("--recipe", "a=wanda-sp|uniform:mixed|none|even", "--recipe", "b=wanda-sp|uniform:mixed||even"),
+    )
+    dense, plain, refitted = found["tables"][0]["rows"]
+    assert dense["perplexity"] == pytest.approx(4.5, abs=0.2)
+    assert dense["perplexity"] < refitted["perplexity"] < plain["perplexity"]
+    assert plain["removed / all"] == refitted["removed / all"] == pytest.approx(0.2, abs=0.02)
 
 
 @pytest.mark.slow
 def test_accuracy_refuses_a_recipe_it_does_not_understand(data_folder: Path) -> None:
     done = script("accuracy", "--data", str(data_folder), "--recipe", "a=magnitude||maybe")
     assert done.returncode == 2
-    assert "no-refit" in done.stderr
+    assert "least-squares" in done.stderr
+
+
+def test_memory_makes_checkpoints_that_load_and_stay_finite(memory: Any, tmp_path: Path) -> None:
+    shape = memory.Shape(hidden=64, heads=4, kv_heads=2, channels=160, vocabulary=300)
+    memory.make_checkpoints(shape, tmp_path, [1, 3], 32)
+    memory.write_words(tmp_path / "words.txt", 1000)
+    for blocks in (1, 3):
+        folder = tmp_path / f"{blocks}-blocks"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.dtype == torch.bfloat16
+        assert shape.stored_bytes(blocks) == 2 * sum(parameter.numel() for parameter in model.parameters())
+        ids = AutoTokenizer.from_pretrained(folder)((tmp_path / "words.txt").read_text("utf-8"))["input_ids"]
+        assert len(ids) >= 1250
+        with torch.inference_mode():
+            assert bool(model(torch.tensor([ids[:256]])).logits.isfinite().all())
+
+
+def test_memory_measures_a_process_and_not_its_parent(memory: Any) -> None:
+    code = "import time; held = bytearray(b'1') * 200_000_000; time.sleep(0.5)"
+    wall_s, peak_bytes, anonymous_bytes = memory.run([sys.executable, "-c", code])
+    assert wall_s > 0.5
+    assert 200e6 < anonymous_bytes <= peak_bytes
+    with pytest.raises(EdgepruneError, match="exit code 3"):
+        memory.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_memory_draws_a_line_through_the_runs(memory: Any) -> None:
+    runs = [memory.Run(blocks, 10 * blocks, 5.0 + 2.0 * blocks, 1_000_000_000, 0) for blocks in (2, 4, 8)]
+    found = memory.make_report("title", runs, 32, 6.0, {})
+    assert found.data["whole_s"] == pytest.approx(69.0)
+    assert [verdict.passed for verdict in found.verdicts] == [True, True, None]
+    grown = [memory.Run(blocks, 10 * blocks, 1.0, blocks * 1_000_000_000, 0) for blocks in (2, 8)]
+    assert [v.passed for v in memory.make_report("title", grown, 32, 6.0, {}).verdicts] == [False, False, None]
+
+
+@pytest.mark.slow
+def test_memory_compresses_each_number_of_blocks(tmp_path: Path) -> None:
+    found = report(
+        *("memory", "--folder", str(tmp_path), "--blocks", "2", "4", *TINY_LLAMA, *TINY_CALIBRATION),
+        *("--", "--min-channels", "32"),
+    )
+    assert [row["blocks"] for row in found["tables"][0]["rows"]] == [2, 4]
+    assert all(run["peak_rss_bytes"] > 50e6 for run in found["data"]["runs"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_memory_says_what_compress_said(tmp_path: Path) -> None:
+    arguments = ("--folder", str(tmp_path), "--blocks", "2", *TINY_LLAMA, *TINY_CALIBRATION, "--max-memory", "1MB")
+    done = script("memory", *arguments)
+    assert done.returncode == 2
+    assert "--max-memory" in done.stderr
+    assert "exit code 2" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

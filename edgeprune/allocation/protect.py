@@ -1,13 +1,16 @@
 """Protect: the first and last blocks stay whole, the others give the same share.
 
 LLM-Pruner's habit (arXiv 2305.11627): the first blocks make the features that all others read, the last ones feed the
-output, and both are far more sensitive. `protect:F,L` sets how many; by default an eighth of the blocks at the front
-and a sixteenth at the back (4 and 2 of 32), rounded up.
+output, and both are far more sensitive. By default an eighth of the blocks at the front and a sixteenth at the back
+(4 and 2 of 32), rounded up, are protected. At large ratios the others alone would be left with next to nothing: no MLP
+and no attention loses more than 0.75, the protected blocks give the rest in equal shares, and only where that is not
+enough does the bound rise for all. `protect:F,L` sets how many blocks stay whole, and they do, at any ratio.
 """
 
 import math
+from dataclasses import replace
 
-from edgeprune.budget import Heads, Problem, cut_evenly, keep_list
+from edgeprune.budget import Heads, Problem, cut_evenly, keep_list, removed
 from edgeprune_runtime.errors import EdgepruneError
 
 
@@ -22,7 +25,7 @@ def check(argument: str | None, heads: Heads) -> None:
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
-    """Keep list that leaves the protected layers alone.
+    """Keep list that leaves the protected layers alone, as far as the others can give.
 
     Raises:
         EdgepruneError: if no layer is left to give.
@@ -33,7 +36,14 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
         raise EdgepruneError(
             f"protect:{first},{last} leaves none of the {layers} layers to cut; expected FIRST+LAST below {layers}"
         )
-    cut = cut_evenly(problem, range(first, layers - last), same_widths=False)
+    inner = range(first, layers - last)
+    outer = [i for i in range(layers) if i not in inner]
+    problem = problem.bounded(inner if argument is not None else range(layers))
+    most = sum(problem.removable_from(problem.layers[i]) for i in inner)
+    cut = cut_evenly(replace(problem, remove=min(problem.remove, most)), inner, same_widths=False)
+    if problem.remove > most and argument is None:
+        rest = replace(problem, remove=problem.remove - removed(problem, cut))
+        cut |= cut_evenly(rest, outer, same_widths=False)
     return keep_list(problem, cut)
 
 

@@ -9,6 +9,8 @@ SOURCE = "decoder"
 # Stock Llama refuses head counts that do not divide hidden_size. Mistral without a window computes the same and takes
 # them; a checkpoint is saved as one only after its logits were found equal.
 STAND_IN = ("mistral", {"sliding_window": None})
+# Switches that give every Linear of a kind a bias, so that a refit may add an intercept.
+INTERCEPT = {"heads": "attention_bias", "channels": "mlp_bias"}
 
 
 def groups(config: Any) -> list[Group]:

@@ -2,7 +2,8 @@
 
 from edgeprune.architectures.llama import groups
 
-__all__ = ["BASE", "SOURCE", "groups"]
+__all__ = ["BASE", "INTERCEPT", "SOURCE", "groups"]
 
 BASE = "Qwen3ForCausalLM"
 SOURCE = "decoder"
+INTERCEPT = {"heads": "attention_bias"}

@@ -1,32 +1,46 @@
-"""`edgeprune compress`: from a model to a smaller ONNX bundle and a verdict, read from top to bottom in `_compress`."""
+"""`edgeprune compress`: from a model to a smaller ONNX bundle and a verdict, read from top to bottom in `_prune`."""
 
+import hashlib
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from edgeprune.cli import app
 from edgeprune.cli.extras import need
+from edgeprune.presets import DEFAULT_PRESET, PRESETS, Preset
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from edgeprune.budget import Heads
     from edgeprune.calibration import Calibration
+    from edgeprune.cli.stages import Clock, Stages
+    from edgeprune.distributed import Ranks
+    from edgeprune.journal import Entry, Journal
+    from edgeprune.memory import Footprint
+    from edgeprune.plan import PrunePlan
+    from edgeprune.pruning import Settings
+    from edgeprune.refit import Mode
+    from edgeprune.sources import Source
+    from edgeprune.streaming import Decoder
     from edgeprune_runtime.bench import BenchResult
     from edgeprune_runtime.perplexity import Perplexity
     from edgeprune_runtime.report import Report, Verdict
     from edgeprune_runtime.text import Text
 
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
-DENSE_CHECKPOINT = "dense-checkpoint"
+DENSE_CHECKPOINT = "dense"  # in the journal's folder: a model that was not stored as safetensors, converted
 OUTPUT_KIND = "an output of compress"
 DTYPES = ("auto", "float32", "bfloat16")
 FLOAT32_BYTES = 4
@@ -36,6 +50,11 @@ PRUNING, CALIBRATING, MEASURING = "How to prune", "Calibration text", "Checks at
 DEFAULT_WINDOW = 1024
 
 
+def _of_presets(option: str) -> str:
+    """What the presets set an option to, for its help."""
+    return f"default: {', '.join(f'{name} {preset.values()[option]}' for name, preset in PRESETS.items())}."
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked of `compress`; the names are those of the command's options."""
@@ -43,9 +62,10 @@ class Options:
     model: str
     ratio: float
     output: Path
+    preset: str
     method: str
     allocation: str
-    refit: bool
+    refit: str
     heads: str
     align: int
     min_channels: int
@@ -68,6 +88,8 @@ class Options:
     max_perplexity_ratio: float | None
     min_decode_speedup: float | None
     keep_dense: bool
+    max_memory: str | None
+    checkpoint_only: bool
     dry_run: bool
     force: bool
     trust_remote_code: bool
@@ -84,23 +106,40 @@ def compress(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; default: NAME-pruned.", show_default=False)
     ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(PRESETS)}: quick to careful; sets what the defaults below name. --dry-run estimates the "
+            "times.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = DEFAULT_PRESET,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Importance: wanda-sp, fusion[:attention|inverse-variance|SHARE], taylor-fine, magnitude ...",
+            help=f"Importance: wanda-sp, fisher, obs, flap, taylor-fine, fusion, magnitude ...; "
+            f"{_of_presets('method')}",
+            show_default=False,
             rich_help_panel=PRUNING,
         ),
-    ] = "wanda-sp",
+    ] = None,
     allocation: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Widths over the layers: protect[:FIRST,LAST], global[:SHARE], uniform[:mixed].",
+            help="Widths over the layers: protect[:FIRST,LAST], search[:ROUNDS], uniform[:mixed], global ...; "
+            f"{_of_presets('allocation')}",
+            show_default=False,
             rich_help_panel=PRUNING,
         ),
-    ] = "protect",
+    ] = None,
     refit: Annotated[
-        bool, typer.Option(help="Refit o_proj and down_proj by least squares.", rich_help_panel=PRUNING)
-    ] = True,
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="Of o_proj and down_proj: least-squares, intercept (and a bias), bias (alone), none.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = "least-squares",
     heads: Annotated[
         str,
         typer.Option(
@@ -124,14 +163,29 @@ def compress(
         ),
     ] = None,
     calibration_sequences: Annotated[
-        int, typer.Option(help="Sequences of calibration text.", rich_help_panel=CALIBRATING)
-    ] = 64,
+        int | None,
+        typer.Option(
+            help=f"Sequences of calibration text; {_of_presets('calibration_sequences')}",
+            show_default=False,
+            rich_help_panel=CALIBRATING,
+        ),
+    ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens of each sequence.", rich_help_panel=CALIBRATING)
-    ] = 512,
+        int | None,
+        typer.Option(
+            help=f"Tokens of each sequence; {_of_presets('calibration_tokens')}",
+            show_default=False,
+            rich_help_panel=CALIBRATING,
+        ),
+    ] = None,
     gradient_sequences: Annotated[
-        int, typer.Option(help="Sequences that the loss gradients see.", rich_help_panel=PRUNING)
-    ] = 32,
+        int | None,
+        typer.Option(
+            help=f"Sequences that the loss gradients see; {_of_presets('gradient_sequences')}",
+            show_default=False,
+            rich_help_panel=PRUNING,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the calibration text.", rich_help_panel=CALIBRATING)] = 0,
     dtype: Annotated[
         str,
@@ -193,6 +247,16 @@ def compress(
         bool,
         typer.Option("--keep-dense", help="Keep the dense bundle it was measured against.", rich_help_panel=MEASURING),
     ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that pruning itself may take, such as 6GiB; default: half of this machine's.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint_only: Annotated[
+        bool, typer.Option("--checkpoint-only", help="Write the pruned checkpoint and stop: no ONNX, no checks.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing output, once the new one is complete.")
@@ -206,20 +270,29 @@ def compress(
     """Prune a model, export it to ONNX, and measure what it cost and what it won."""
     need("compress", "torch", "transformers", "safetensors", "onnx", "onnxscript")
     name = Path(model).name.removesuffix(".gguf") or "model"
+    given = {
+        "method": method,
+        "allocation": allocation,
+        "calibration_sequences": calibration_sequences,
+        "calibration_tokens": calibration_tokens,
+        "gradient_sequences": gradient_sequences,
+    }
+    chosen = _chosen(preset, given)
     options = Options(
         output=output or Path(f"{name}-pruned"),
         model=model,
         ratio=ratio,
-        method=method,
-        allocation=allocation,
+        preset=preset,
+        method=chosen.method,
+        allocation=chosen.allocation,
         refit=refit,
         heads=heads,
         align=align,
         min_channels=min_channels,
         calibration=calibration,
-        calibration_sequences=calibration_sequences,
-        calibration_tokens=calibration_tokens,
-        gradient_sequences=gradient_sequences,
+        calibration_sequences=chosen.calibration_sequences,
+        calibration_tokens=chosen.calibration_tokens,
+        gradient_sequences=chosen.gradient_sequences,
         seed=seed,
         dtype=dtype,
         graph_source=graph_source,
@@ -235,6 +308,8 @@ def compress(
         max_perplexity_ratio=max_perplexity_ratio,
         min_decode_speedup=min_decode_speedup,
         keep_dense=keep_dense,
+        max_memory=max_memory,
+        checkpoint_only=checkpoint_only,
         dry_run=dry_run,
         force=force,
         trust_remote_code=trust_remote_code,
@@ -244,128 +319,347 @@ def compress(
     _compress(options)
 
 
+def _chosen(preset: str, given: Mapping[str, str | int | None]) -> Preset:
+    """The preset of this name, with what the user gave himself.
+
+    Raises:
+        EdgepruneError: if there is no such preset.
+    """
+    from edgeprune_runtime.errors import EdgepruneError
+
+    if preset not in PRESETS:
+        raise EdgepruneError(f"unknown --preset {preset!r}; expected {', '.join(PRESETS)}")
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(PRESETS[preset], **changes)
+
+
 def _compress(options: Options) -> None:
-    """The whole job: load, calibrate, plan, cut, save, export, measure, report."""
+    """The whole job on this process, or on each of those that torchrun started."""
     # tqdm reads it once, when the imports below import it: bars of other libraries would run across ours
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from edgeprune import calibration as calibrating
-    from edgeprune.checkpoint import save
-    from edgeprune.cli.stages import Stages
-    from edgeprune.cli.verdict import Gates, plan_report, short, verdict_report
-    from edgeprune.groups import layer_widths
-    from edgeprune.pruning import Settings, apply_plan, make_plan, model_groups
-    from edgeprune.sources import load, load_tokenizer, open_source
-    from edgeprune_export.exporting import export, graph_source_of
-    from edgeprune_runtime.errors import GateError
-    from edgeprune_runtime.limits import parse_size
-    from edgeprune_runtime.output import atomic_folder, check_output
+    from edgeprune.distributed import joined
+    from edgeprune_runtime.errors import EdgepruneError
 
-    settings = Settings(
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        with joined() as ranks:
+            _prune(options if is_first else _silenced(options), ranks)
+    except EdgepruneError as error:
+        if is_first:
+            raise
+        sys.exit(error.exit_code)  # the first process says why
+
+
+def _silenced(options: Options) -> Options:
+    """The options of a process that only lends a hand."""
+    logging.disable(logging.WARNING)
+    return replace(options, quiet=True)
+
+
+def _prune(options: Options, ranks: "Ranks") -> None:
+    """Open, calibrate, plan, cut, save, export, measure, report."""
+    from edgeprune.checkpoint import save
+    from edgeprune.cli.stages import Clock, Stages
+    from edgeprune.cli.verdict import only_refit, plan_report, short, with_refit
+    from edgeprune.groups import layer_widths
+    from edgeprune.pruning import apply_plan, make_plan, progress_so_far
+    from edgeprune.sources import load_tokenizer, open_source
+    from edgeprune_export.exporting import graph_source_of
+    from edgeprune_runtime.limits import parse_size
+    from edgeprune_runtime.output import atomic_folder
+
+    settings = _settings(options)
+    settings.check()
+    _check_measuring(options)
+    memory_bytes = parse_size(options.memory) if options.memory is not None else None
+    max_memory_bytes = parse_size(options.max_memory) if options.max_memory is not None else None
+    text = _read_eval_text(options)
+    _check_output(options)
+    source = open_source(options.model, options.trust_remote_code)
+    settings.check_for(source.model_type)
+    graph_source = graph_source_of(source.model_type, options.graph_source)
+    stages = Stages(options.quiet)
+
+    with _journal(options, source, settings, ranks) as journal:
+        with stages.stage("open the model"):
+            tokenizer = load_tokenizer(source)
+            decoder, dense = _open_decoder(source, tokenizer, journal)
+            dtype = _dtype(options.dtype, journal, ranks)
+            footprint = _fit(options, settings, decoder, dtype, max_memory_bytes)
+            decoder.keeps_blocks = footprint.keeps_blocks
+            _check_fits(options, decoder, tokenizer, text, footprint, journal)
+            decoder.load_outside()
+        stages.remark(source.description)
+        with stages.counted("calibration text") as advance:
+            gathered, held_out = _calibrate(options, decoder, tokenizer, journal, ranks, advance)
+        stages.remark(f"{gathered.ids.shape[0]} x {gathered.ids.shape[1]} tokens of {gathered.source}")
+        if (so_far := progress_so_far(journal, decoder.layers)) is not None:
+            stages.remark(so_far)
+        with stages.stage("importance of every unit") as step:
+            clock = Clock(lambda phase, done, total: step(phase, done / total))
+            plan, stats = make_plan(
+                decoder,
+                source.description,
+                gathered,
+                settings,
+                dtype=dtype,
+                with_moments=settings.refit != "none" and not options.dry_run,
+                step_tokens=footprint.step_tokens,
+                journal=journal,
+                ranks=ranks,
+                progress=clock,
+            )
+        if not ranks.is_first:
+            ranks.meet()
+            return
+        before, after = layer_widths(decoder.groups, {}), layer_widths(decoder.groups, plan.keep)
+        report = plan_report(plan, before, after)
+        if options.dry_run:
+            report = _with_estimates(report, options, settings, decoder, clock)
+        _show(report, as_json=options.as_json, is_last=options.dry_run, is_measured=False)
+        if not options.dry_run:
+            with stages.stage("refit and cut") as step:
+                outcomes = apply_plan(
+                    decoder,
+                    plan,
+                    stats.moments,
+                    journal=journal,
+                    progress=lambda phase, done, total: step("", done / total),
+                )
+            report = with_refit(report, outcomes)
+            if options.checkpoint_only:
+                with stages.stage("save and read back"):
+                    save(decoder, tokenizer, plan, after, options.output, force=options.force)
+                _show(report, as_json=options.as_json, is_last=True, is_measured=False, shown=only_refit(report))
+                _say_next(options)
+            else:
+                with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
+                    with stages.stage("save and read back"):
+                        save(decoder, tokenizer, plan, after, folder / CHECKPOINT)
+                    # the exports load what they need; all of it at once would be too much for a small machine
+                    del decoder, stats
+                    _export(folder, dense, source, graph_source, stages)
+                    report = _judge(options, folder, plan, report, text or held_out, memory_bytes, stages)
+                _show(report, as_json=options.as_json, is_last=True, shown=short(report))
+                _say_next(options)
+                _hold_gates(options, report)
+        if ranks.size > 1:
+            ranks.meet()  # the others have waited for this
+
+
+def _export(folder: Path, dense: Path, source: "Source", graph_source: str, stages: "Stages") -> None:
+    """The ONNX bundles of the pruned checkpoint, and of the dense model to compare with."""
+    from edgeprune_export.exporting import export
+
+    with stages.stage("export the dense model to compare with") as step:
+        export(dense, folder / DENSE, graph_source=graph_source, name=f"{source.name} (dense)", progress=step)
+    with stages.stage("export to ONNX and check it against torch") as step:
+        export(
+            folder / CHECKPOINT,
+            folder / BUNDLE,
+            graph_source=graph_source,
+            name=f"{source.name} (pruned)",
+            progress=step,
+        )
+
+
+def _judge(
+    options: Options,
+    folder: Path,
+    plan: "PrunePlan",
+    planned: "Report",
+    text: "Text | Calibration",
+    memory_bytes: int | None,
+    stages: "Stages",
+) -> "Report":
+    """Measure both bundles, and write the verdict beside them."""
+    from edgeprune.calibration import Calibration
+    from edgeprune.cli.verdict import Gates, verdict_report
+
+    with stages.counted("perplexity through ONNX Runtime") as advance:
+        perplexities = _perplexities(options, [folder / DENSE, folder / BUNDLE], text, advance)
+    with stages.counted("latency and memory, in turns") as advance:
+        measured, fits = _measure(options, folder / DENSE, folder / BUNDLE, memory_bytes, advance)
+    if not options.keep_dense:
+        shutil.rmtree(folder / DENSE)
+    is_held_out = isinstance(text, Calibration)
+    report = verdict_report(
+        plan,
+        planned,
+        perplexities,
+        measured,
+        text=f"held-out part of the calibration text ({text.source})" if is_held_out else str(options.eval_text),
+        seconds=stages.seconds,
+        gates=Gates(options.max_perplexity_ratio, options.min_decode_speedup),
+        fits=fits,
+    )
+    report.save(folder)
+    return report
+
+
+def _hold_gates(options: Options, report: "Report") -> None:
+    """Fail if the result misses a gate that the user has set.
+
+    Raises:
+        GateError: if so; the result is written all the same.
+    """
+    from edgeprune_runtime.errors import GateError
+
+    failed = [verdict.text for verdict in report.verdicts if verdict.passed is False]
+    if failed:
+        raise GateError(f"the result is in {options.output}, but misses its gate: {'; '.join(failed)}")
+
+
+def _settings(options: Options) -> "Settings":
+    from edgeprune.pruning import Settings
+
+    return Settings(
         ratio=options.ratio,
         method=options.method,
         allocation=options.allocation,
-        refit=options.refit,
+        refit=cast("Mode", options.refit),  # check() says so if it is none
         align=options.align,
         min_channels=options.min_channels,
         gradient_sequences=options.gradient_sequences,
         heads=cast("Heads", options.heads),  # check() says so if it is none
     )
-    settings.check()
-    _check_measuring(options)
-    memory_bytes = parse_size(options.memory) if options.memory is not None else None
-    text = _read_eval_text(options)
-    if not options.dry_run:
-        check_output(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND)
-    source = open_source(options.model, options.trust_remote_code)
-    graph_source = graph_source_of(source.model_type, options.graph_source)
-    stages = Stages(options.quiet)
 
-    with stages.stage("load the model"):
+
+def _with_estimates(
+    report: "Report", options: Options, settings: "Settings", decoder: "Decoder", clock: "Clock"
+) -> "Report":
+    """The report of a dry run, with the time that each preset would take here."""
+    from edgeprune.cli.verdict import preset_table
+    from edgeprune.estimate import Pace, estimate_seconds
+    from edgeprune.memory import Sizes
+
+    sizes = Sizes.of(decoder, options.calibration_sequences, options.calibration_tokens)
+    pace = Pace.of(
+        sizes,
+        clock.seconds("statistics"),
+        clock.seconds("gradients") if _graded(options, settings) else None,
+        _graded(options, settings),
+        had_grams=settings.gathers_moments,
+    )
+    chosen = _chosen(options.preset, {name: getattr(options, name) for name in PRESETS[options.preset].values()})
+    presets = dict(PRESETS) | {options.preset: chosen}
+    seconds = {name: estimate_seconds(each, pace, refits=settings.refit != "none") for name, each in presets.items()}
+    data = dict(report.data) | {"preset": options.preset, "estimated_seconds": seconds}
+    return replace(report, tables=(*report.tables, preset_table(presets, seconds, options.preset)), data=data)
+
+
+def _check_output(options: Options) -> None:
+    from edgeprune.checkpoint import FOLDER_KIND
+    from edgeprune.configs import CONFIG_FILE
+    from edgeprune_runtime.output import check_output
+
+    if options.dry_run:
+        return
+    marker, what = (CONFIG_FILE, FOLDER_KIND) if options.checkpoint_only else (REPORT_FILE, OUTPUT_KIND)
+    check_output(options.output, force=options.force, marker=marker, what=what, is_locked=True)
+
+
+@contextmanager
+def _journal(options: Options, source: "Source", settings: "Settings", ranks: "Ranks") -> "Iterator[Journal]":
+    """The journal of this command: beside the output, or in memory for a dry run, which writes nothing."""
+    import edgeprune_runtime
+    from edgeprune.journal import Journal, open_journal
+    from edgeprune.sources import identity
+    from edgeprune_runtime.output import remove_parts
+
+    if options.dry_run:
+        yield Journal()
+        return
+    text = Path(options.calibration) if options.calibration is not None else None
+    fingerprint = {
+        "model": identity(source),
+        "setting": [asdict(settings), options.dtype, options.max_memory],
+        "calibration text": [
+            options.calibration,
+            hashlib.sha256(text.read_bytes()).hexdigest() if text is not None and text.is_file() else None,
+            options.calibration_sequences,
+            options.calibration_tokens,
+            options.seed,
+            _held_out(options),
+        ],
+        "version of edgeprune": edgeprune_runtime.__version__,
+        "number of processes": ranks.size,
+    }
+    with open_journal(options.output, fingerprint, rank=ranks.rank) as journal:
+        if ranks.is_first:
+            remove_parts(options.output)
+        yield journal
+
+
+def _open_decoder(source: "Source", tokenizer: "PreTrainedTokenizerBase", journal: "Journal") -> "tuple[Decoder, Path]":
+    """The dense model, and its folder of safetensors; a model of another form is converted into one first."""
+    from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.groups import layer_widths
+    from edgeprune.sources import load, stored_folder
+    from edgeprune.streaming import Decoder, model_groups
+
+    folder = stored_folder(source)
+    if folder is not None:
+        return open_decoder(folder), folder
+    if journal.folder is None:
+        return Decoder.of(load(source)), source.path
+    folder = journal.folder / DENSE_CHECKPOINT
+    if not folder.is_dir():
         model = load(source)
-        tokenizer = load_tokenizer(source)
-        _check_fits(options, model, tokenizer, text)
-    stages.remark(source.description)
-    with stages.counted("calibration text") as advance:
-        gathered = calibrating.gather(
+        save(model, tokenizer, None, layer_widths(model_groups(model), {}), folder)
+    return open_decoder(folder), folder
+
+
+def _fit(
+    options: Options, settings: "Settings", decoder: "Decoder", dtype: "torch.dtype", limit_bytes: int | None
+) -> "Footprint":
+    """How the run stays within --max-memory."""
+    from edgeprune.memory import Sizes, Work, fit
+    from edgeprune.statistics import Method
+
+    work = Work(
+        Method.parse(settings.method),
+        refits=settings.refit != "none" and not options.dry_run,
+        dtype=dtype,
+        graded=_graded(options, settings),
+        journal_in_memory=options.dry_run,
+        searches=settings.reads_moments,
+    )
+    return fit(Sizes.of(decoder, options.calibration_sequences, options.calibration_tokens), work, limit_bytes)
+
+
+def _graded(options: Options, settings: "Settings") -> int:
+    """Calibration sequences that the loss gradients see."""
+    from edgeprune.statistics import Method
+
+    reads = Method.parse(settings.method).reads_gradients
+    return min(settings.gradient_sequences, options.calibration_sequences) if reads else 0
+
+
+def _calibrate(
+    options: Options,
+    decoder: "Decoder",
+    tokenizer: "PreTrainedTokenizerBase",
+    journal: "Journal",
+    ranks: "Ranks",
+    advance: Callable[[int, int], None],
+) -> "tuple[Calibration, Calibration]":
+    """The calibration text, and what of it is held out for the perplexity (all of it, if the user brings a text)."""
+    from edgeprune import calibration as calibrating
+
+    def gather() -> "Entry":
+        return calibrating.gather(
             options.calibration,
             tokenizer,
-            model,
+            decoder,
             sequences=options.calibration_sequences + _held_out(options),
             length_tokens=options.calibration_tokens,
             seed=options.seed,
             progress=advance,
-        )
-        held_out = gathered
-        if text is None:
-            gathered, held_out = calibrating.split(gathered, _held_out(options))
-    stages.remark(f"{gathered.ids.shape[0]} x {gathered.ids.shape[1]} tokens of {gathered.source}")
-    with stages.stage("importance of every unit") as step:
-        plan, stats = make_plan(
-            model,
-            source.description,
-            gathered,
-            settings,
-            dtype=_dtype(options.dtype),
-            progress=lambda phase, done, total: step(phase, done / total),
-        )
-    groups = model_groups(model)
-    before, after = layer_widths(groups, {}), layer_widths(groups, plan.keep)
-    report = plan_report(plan, before, after)
-    _show(report, as_json=options.as_json, is_last=options.dry_run, is_measured=False)
-    if options.dry_run:
-        return
+        ).entry()
 
-    with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
-        with stages.stage("refit, cut and save") as step:
-            save(model, tokenizer, None, before, folder / DENSE_CHECKPOINT)
-            errors = apply_plan(
-                model, plan, stats.moments, progress=lambda phase, done, total: step(phase, done / total)
-            )
-            save(model, tokenizer, plan, after, folder / CHECKPOINT)
-            # the exports load what they need; all of it at once would be too much for a small machine
-            del model, stats
-        with stages.stage("export the dense model to compare with") as step:
-            export(
-                folder / DENSE_CHECKPOINT,
-                folder / DENSE,
-                graph_source=graph_source,
-                name=f"{source.name} (dense)",
-                progress=step,
-            )
-            shutil.rmtree(folder / DENSE_CHECKPOINT)
-        with stages.stage("export to ONNX and check it against torch") as step:
-            export(
-                folder / CHECKPOINT,
-                folder / BUNDLE,
-                graph_source=graph_source,
-                name=f"{source.name} (pruned)",
-                progress=step,
-            )
-        with stages.counted("perplexity through ONNX Runtime") as advance:
-            evaluated = str(options.eval_text or f"held-out part of the calibration text ({gathered.source})")
-            perplexities = _perplexities(options, [folder / DENSE, folder / BUNDLE], text or held_out, advance)
-        with stages.counted("latency and memory, in turns") as advance:
-            measured, fits = _measure(options, folder / DENSE, folder / BUNDLE, memory_bytes, advance)
-        if not options.keep_dense:
-            shutil.rmtree(folder / DENSE)
-        report = verdict_report(
-            plan,
-            report,
-            perplexities,
-            measured,
-            text=evaluated,
-            errors=errors,
-            seconds=stages.seconds,
-            gates=Gates(options.max_perplexity_ratio, options.min_decode_speedup),
-            fits=fits,
-        )
-        report.save(folder)
-    _show(report, as_json=options.as_json, is_last=True, shown=short(report))
-    if not options.quiet:
-        _say_next(options)
-    failed = [verdict.text for verdict in report.verdicts if verdict.passed is False]
-    if failed:
-        raise GateError(f"the result is in {options.output}, but misses its gate: {'; '.join(failed)}")
+    gathered = ranks.share(lambda: calibrating.Calibration.from_entry(journal.remember("calibration", gather)))
+    return calibrating.split(gathered, _held_out(options)) if _held_out(options) else (gathered, gathered)
 
 
 def _check_measuring(options: Options) -> None:
@@ -413,7 +707,12 @@ def _check_measuring(options: Options) -> None:
 
 
 def _check_fits(
-    options: Options, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: "Text | None"
+    options: Options,
+    decoder: "Decoder",
+    tokenizer: "PreTrainedTokenizerBase",
+    text: "Text | None",
+    footprint: "Footprint",
+    journal: "Journal",
 ) -> None:
     """Hold the checks at the end against the model's context, the text's length and the disk's room, while it is cheap.
 
@@ -424,8 +723,8 @@ def _check_fits(
     from edgeprune_runtime.errors import EdgepruneError
     from edgeprune_runtime.output import check_space
 
-    context_tokens = model.config.max_position_embeddings
-    if options.prompt_tokens + options.generate_tokens > context_tokens:
+    context_tokens = decoder.config.max_position_embeddings
+    if not options.checkpoint_only and options.prompt_tokens + options.generate_tokens > context_tokens:
         raise EdgepruneError(
             f"the latency check wants {options.prompt_tokens} + {options.generate_tokens} tokens, the model's "
             f"context holds {context_tokens}; lower --prompt-tokens or --generate-tokens"
@@ -441,9 +740,10 @@ def _check_fits(
                 "longer text or a smaller --eval-window"
             )
     if not options.dry_run:
-        # The most at one time: the dense model as checkpoint and bundle, and the pruned checkpoint.
-        weights = 3.0 - options.ratio
-        check_space(options.output, round(FLOAT32_BYTES * count_parameters(model) * weights) + SPARE_BYTES)
+        # The most at one time: both bundles and the pruned checkpoint.
+        copies = 1.0 - options.ratio if options.checkpoint_only else 3.0 - 2.0 * options.ratio
+        result = round(FLOAT32_BYTES * count_parameters(decoder.model) * copies) + SPARE_BYTES
+        check_space(options.output, result + max(0, footprint.scratch_bytes - journal.size_bytes))
 
 
 def _held_out(options: Options) -> int:
@@ -451,12 +751,19 @@ def _held_out(options: Options) -> int:
     return 0 if options.eval_text is not None else options.eval_windows
 
 
-def _dtype(name: str) -> "torch.dtype":
+def _dtype(name: str, journal: "Journal", ranks: "Ranks") -> "torch.dtype":
+    """The dtype of this name; what "auto" has found once stays for all processes, and when the command continues."""
     import torch
 
+    from edgeprune.journal import Entry
     from edgeprune.precision import fastest_dtype
 
-    found: torch.dtype = fastest_dtype() if name == "auto" else getattr(torch, name)
+    def probe() -> Entry:
+        return Entry(facts=str(fastest_dtype()).removeprefix("torch."))
+
+    if name == "auto":
+        name = ranks.share(lambda: str(journal.remember("dtype", probe).facts))
+    found: torch.dtype = getattr(torch, name)
     return found
 
 
@@ -561,7 +868,12 @@ def _show(
 
 
 def _say_next(options: Options) -> None:
+    if options.quiet:
+        return
     out, bundle = options.output, options.output / BUNDLE
+    if options.checkpoint_only:
+        typer.echo(f"\nWrote {out}, which loads in torch\n\nNext: edgeprune export {out}", err=True)
+        return
     typer.echo(
         f"""
 Wrote {out}

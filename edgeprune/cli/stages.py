@@ -15,6 +15,24 @@ Step = Callable[[str, float], None]
 _TITLE_WIDTH = 46
 
 
+class Clock:
+    """Hands progress on, and remembers when each phase of it ended."""
+
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+        self._ended = {"": time.perf_counter()}
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Take note of a step of a phase."""
+        self._ended[phase] = time.perf_counter()
+        self._progress(phase, done, total)
+
+    def seconds(self, phase: str) -> float:
+        """How long a phase took, from the end of the one before it."""
+        phases = list(self._ended)
+        return self._ended[phase] - self._ended[phases[phases.index(phase) - 1]]
+
+
 class Stages:
     """Shows the stages of one command on stderr; `seconds` keeps how long each took."""
 

@@ -1,11 +1,13 @@
 """What a person reads of a compression: the plan before the cut, and the measured verdict after it."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from edgeprune.groups import LayerWidths
 from edgeprune.plan import PrunePlan
+from edgeprune.presets import Preset
+from edgeprune.refit import Outcome
 from edgeprune_runtime.bench import CONFIDENCE, DEFINITIONS, MIN_ROUNDS_FOR_VERDICT, PEAK_MEMORY, BenchResult, Ratio
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.perplexity import Perplexity
@@ -13,6 +15,7 @@ from edgeprune_runtime.report import Cell, Report, Table, Verdict, format_bytes
 
 FLOAT32_BYTES = 4
 MEGABYTE = 1e6
+REFIT_TABLE = "What the refit did"
 MEASURED = {
     "ttft_ms": ("time to first token (ttft), ms", 1.0),
     "tpot_ms": ("time per output token (tpot), ms", 1.0),
@@ -71,6 +74,51 @@ def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
     return Report(f"edgeprune plan: {plan.model}", this_machine(), (layers, totals), (), {"plan": plan.summary()})
 
 
+def with_refit(report: Report, outcomes: Mapping[str, Outcome]) -> Report:
+    """A plan's report with what the refit did: means over the Linears of a kind, and the one that ended worst."""
+    data = dict(report.data) | {"refit": {name: asdict(outcome) for name, outcome in outcomes.items()}}
+    if not outcomes:
+        return replace(report, data=data)
+    kinds: dict[str, list[Outcome]] = {}
+    for name, outcome in outcomes.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(outcome)
+    worst = max(outcomes, key=lambda name: outcomes[name].error)
+    table = Table(
+        REFIT_TABLE,
+        ("Linears", "accepted", "ridge", "held out, plain cut", "held out, refitted", "all tokens"),
+        (
+            *(_refit_row(f"{kind}, mean of {len(of_kind)}", of_kind) for kind, of_kind in kinds.items()),
+            _refit_row(f"worst: {worst}", [outcomes[worst]]),
+        ),
+        notes=(
+            "errors: share of the full Linear's output energy that is lost on calibration text; a refit is accepted "
+            "where the held-out one falls",
+        ),
+    )
+    return replace(report, tables=(*report.tables, table), data=data)
+
+
+def only_refit(report: Report) -> Report:
+    """What a terminal shows after a plan that it has shown before: the refit."""
+    return replace(report, tables=tuple(table for table in report.tables if table.title == REFIT_TABLE))
+
+
+def preset_table(presets: Mapping[str, Preset], seconds: Mapping[str, float], chosen: str) -> Table:
+    """What each preset does and how long it would take, the chosen one marked."""
+    return Table(
+        "Presets",
+        ("preset", "what it does", "values", "estimated time"),
+        tuple(
+            (f"{name} (chosen)" if name == chosen else name, preset.summary, str(preset), _duration(seconds[name]))
+            for name, preset in presets.items()
+        ),
+        notes=(
+            "estimated from the pace of this run, for statistics, search and refit on this machine; calibration text, "
+            "export and checks come on top",
+        ),
+    )
+
+
 def verdict_report(
     plan: PrunePlan,
     planned: Report,
@@ -78,7 +126,6 @@ def verdict_report(
     measured: BenchResult,
     *,
     text: str,
-    errors: Mapping[str, float],
     seconds: Mapping[str, float],
     gates: Gates,
     fits: Sequence[Verdict] = (),
@@ -122,7 +169,7 @@ def verdict_report(
         "plan": plan.summary(),
         "perplexity": {"dense": asdict(a), "pruned": asdict(b), "ratio": b.perplexity / a.perplexity, "text": text},
         "bench": measured.to_dict(),
-        "refit_lost_energy": dict(errors),
+        "refit": planned.data.get("refit", {}),
         "seconds": dict(seconds),
     }
     return Report(
@@ -191,6 +238,29 @@ def _runs(
     for (b, a), run in itertools.groupby(rows, lambda row: row[1]):
         numbers = [number for number, _ in run]
         yield (str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"), b, a
+
+
+def _refit_row(name: str, outcomes: Sequence[Outcome]) -> tuple[Cell, ...]:
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known else None
+
+    accepted = sum(outcome.is_accepted for outcome in outcomes)
+    return (
+        name,
+        f"{accepted} of {len(outcomes)}",
+        mean(outcome.damping for outcome in outcomes),
+        mean(outcome.held_out_error_before for outcome in outcomes),
+        mean(outcome.held_out_error for outcome in outcomes),
+        mean(outcome.error for outcome in outcomes),
+    )
+
+
+def _duration(seconds: float) -> str:
+    """A duration as a person says it; an estimate has no more digits."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _change(before: int, after: int) -> str:

@@ -5,7 +5,7 @@
 
 No call swaps two folders at once everywhere, so a power cut between the two renames leaves no NAME: then the next run
 that means to write NAME puts the earlier one back first. A `.part` may belong to a run that still goes on, so it is
-named, and deleting it is left to the user.
+named, and deleting it is left to the user; except where a lock keeps a second writer of NAME out (`remove_parts`).
 """
 
 import errno
@@ -23,7 +23,7 @@ from edgeprune_runtime.errors import EdgepruneError
 logger = logging.getLogger(__name__)
 
 
-def check_output(out: Path, *, force: bool, marker: str, what: str) -> None:
+def check_output(out: Path, *, force: bool, marker: str, what: str, is_locked: bool = False) -> None:
     """Check that a folder may be written as `out`; call it before the long work.
 
     Args:
@@ -31,6 +31,7 @@ def check_output(out: Path, *, force: bool, marker: str, what: str) -> None:
         force: an earlier one may be replaced.
         marker: a file that every folder of this kind holds; a folder without it is never replaced.
         what: what a person calls the kind ("a bundle").
+        is_locked: a lock keeps a second writer out, and the caller will remove what a dead one left (`remove_parts`).
 
     Raises:
         EdgepruneError: if something stands there that may not be replaced, or nothing may be written there.
@@ -43,12 +44,18 @@ def check_output(out: Path, *, force: bool, marker: str, what: str) -> None:
         if error.errno == errno.ENAMETOOLONG:
             raise _refused(out, error) from error
     _put_back(out.absolute())
-    for part in _siblings(out.absolute(), "part"):
+    for part in [] if is_locked else _siblings(out.absolute(), "part"):
         logger.warning("%s belongs to a run that still goes on or was cut off; if none goes on, delete it", part)
     existing = _nearest_folder(out)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise EdgepruneError(f"cannot write {out}: {existing} is no folder to write to; choose another")
     _check_replaceable(out, force=force, marker=marker, what=what)
+
+
+def remove_parts(out: Path) -> None:
+    """Delete what runs that were cut off left half-written beside `out`; hold the lock of its writers meanwhile."""
+    for part in _siblings(out.absolute(), "part"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, *, force: bool, marker: str, what: str) -> None:

@@ -16,6 +16,7 @@ from edgeprune.checkpoint import load_pruned
 from edgeprune.cli.verdict import in_words
 from edgeprune.groups import layer_widths
 from edgeprune.plan import PrunePlan
+from edgeprune.presets import PRESETS
 from edgeprune.pruning import model_groups
 from edgeprune_runtime.bench import PEAK_MEMORY, BenchResult, Ratio, bench
 from edgeprune_runtime.bundle import open_bundle
@@ -24,7 +25,7 @@ from edgeprune_runtime.validate import validate
 
 OUTPUT = {"checkpoint", "bundle", "report.json", "report.md", "report.html"}
 SMALL = (
-    *("--align", 1, "--min-channels", 4, "--dtype", "float32", "--threads", 1),
+    *("--preset", "fast", "--align", 1, "--min-channels", 4, "--dtype", "float32", "--threads", 1),
     *("--calibration-sequences", 8, "--calibration-tokens", 32, "--gradient-sequences", 4),
     *("--rounds", 1, "--prompt-tokens", 8, "--generate-tokens", 4),
 )
@@ -146,7 +147,7 @@ def test_plan_is_shown_before_the_cut(
     with pytest.raises(RuntimeError, match="the cut begins"):
         compress(model_folder, text_file, tmp_path / "out")
     assert "What stays in each layer" in shown.getvalue()
-    assert not names(tmp_path)
+    assert names(tmp_path) == {".out.work"}  # where the same command continues
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_offline_the_model_writes_its_own_calibration_text(
 
 def test_uniform_without_refit_gives_a_stock_checkpoint(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    arguments = ("--allocation", "uniform", "--no-refit", "--keep-dense")
+    arguments = ("--allocation", "uniform", "--refit", "none", "--keep-dense")
     arguments += ("--eval-text", str(text_file), "--eval-window", "64", "--eval-windows", "2")
     held_gates = ("--max-perplexity-ratio", 1000, "--min-decode-speedup", 0.001, "--rounds", 3)
     outcome = compress(model_folder, text_file, output, *arguments, *held_gates)
@@ -200,7 +201,7 @@ def test_uniform_without_refit_gives_a_stock_checkpoint(model_folder: Path, text
     assert sum(parameter.numel() for parameter in model.parameters()) == plan.parameters_after
     assert plan.refit == "none"
     data = report_of(output)["data"]
-    assert data["refit_lost_energy"] == {}
+    assert data["refit"] == {}
     assert data["perplexity"]["text"] == str(text_file)
     assert (data["perplexity"]["pruned"]["windows"], data["perplexity"]["pruned"]["window_tokens"]) == (2, 64)
     assert plan.calibration is not None
@@ -284,7 +285,12 @@ def test_pruned_checkpoint_is_compressed_again(done: tuple[Path, Outcome], text_
 
 
 def test_interrupt_leaves_nothing_half_written(
-    done: tuple[Path, Outcome], model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: tuple[Path, Outcome],
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -292,6 +298,82 @@ def test_interrupt_leaves_nothing_half_written(
     monkeypatch.setattr("edgeprune_runtime.bench.bench", interrupt)
     shutil.copytree(done[0], tmp_path / "out")
     before = (tmp_path / "out/report.json").read_bytes()
-    assert compress(model_folder, text_file, tmp_path / "out", "-q", "--force").code == 130
-    assert names(tmp_path) == {"out"}
+    outcome = compress(model_folder, text_file, tmp_path / "out", "-q", "--force")
+    assert outcome.code == 130
+    assert "the same command continues" in caplog.text
+    assert names(tmp_path) == {"out", ".out.work"}
     assert (tmp_path / "out/report.json").read_bytes() == before
+
+
+def test_options_win_over_the_preset(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ("--preset", "fast", "--method", "magnitude", "--dry-run", "--json")
+    outcome = compress(model_folder, text_file, tmp_path / "out", *arguments)
+    plan = json.loads(outcome.out)["data"]["plan"]
+    assert (plan["method"], plan["allocation"], plan["refit"]) == (
+        "magnitude",
+        PRESETS["fast"].allocation,
+        "least-squares",
+    )
+    assert (plan["calibration"]["sequences"], plan["calibration"]["length_tokens"]) == (8, 32)
+
+
+def test_help_shows_what_the_presets_set() -> None:
+    said = " ".join(invoke("compress", "--help").out.replace("│", " ").split())
+    for name, preset in PRESETS.items():
+        assert f"{name} {preset.method}" in said
+        assert f"{name} {preset.allocation}" in said
+        assert f"{name} {preset.gradient_sequences}" in said
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor-fine"])
+def test_dry_run_estimates_the_time_of_every_preset(
+    model_folder: Path, text_file: Path, tmp_path: Path, method: str
+) -> None:
+    outcome = compress(model_folder, text_file, tmp_path / "out", "--dry-run", "--json", "--method", method)
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["data"]["preset"] == "fast"
+    seconds = report["data"]["estimated_seconds"]
+    assert set(seconds) == set(PRESETS)
+    assert 0 < seconds["fast"] < seconds["best"]
+    (table,) = (table for table in report["tables"] if table["title"] == "Presets")
+    assert [row["preset"] for row in table["rows"]] == ["fast (chosen)", "balanced", "best"]
+    assert table["rows"][0]["values"].startswith(method)
+    assert "estimated" in outcome.err
+
+
+def test_report_says_what_the_refit_did(done: tuple[Path, Outcome]) -> None:
+    report = report_of(done[0])
+    (table,) = (table for table in report["tables"] if table["title"] == "What the refit did")
+    *kinds, worst = table["rows"]
+    assert {row["Linears"].partition(",")[0] for row in kinds} <= {"o_proj", "down_proj"}
+    assert worst["Linears"].startswith("worst: model.layers.")
+    outcomes = report["data"]["refit"]
+    assert worst["all tokens"] == max(outcome["error"] for outcome in outcomes.values())
+    for outcome in outcomes.values():
+        assert outcome["is_accepted"] == (outcome["held_out_error"] < outcome["held_out_error_before"])
+
+
+def test_intercepts_count_in_the_plan_and_reload(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    outcome = compress(model_folder, text_file, tmp_path / "out", "--refit", "intercept", "--checkpoint-only", "--json")
+    assert outcome.code == 0, outcome.err
+    model, plan = load_pruned(tmp_path / "out"), PrunePlan.load(tmp_path / "out")
+    assert plan.refit == "intercept"
+    assert model.config.mlp_bias
+    assert any(parameter.any() for name, parameter in model.named_parameters() if name.endswith("down_proj.bias"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.parameters_after
+    assert plan.ratio_reached == pytest.approx(1 - plan.parameters_after / plan.parameters_before)
+    assert (
+        abs(plan.ratio_reached - 0.2) <= 0.01
+    )  # the toy is so small that one channel, or one bias, is a third of this
+    assert json.loads(outcome.out)["data"]["refit"]
+
+
+def test_part_of_a_killed_run_is_cleared_away(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.0123abcd.part").mkdir()
+    (tmp_path / ".out.0123abcd.part" / "half").write_text("half")
+    (tmp_path / ".other.0123abcd.part").mkdir()
+    outcome = compress(model_folder, text_file, tmp_path / "out", "--checkpoint-only")
+    assert outcome.code == 0, outcome.err
+    assert names(tmp_path) == {"out", ".other.0123abcd.part"}
+    assert "belongs to a run" not in outcome.err

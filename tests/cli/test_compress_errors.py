@@ -52,7 +52,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 SMALL = (
-    *("--align", 1, "--min-channels", 4, "--dtype", "float32", "--threads", 1),
+    *("--preset", "fast", "--align", 1, "--min-channels", 4, "--dtype", "float32", "--threads", 1),
     *("--calibration-sequences", 8, "--calibration-tokens", 32),
     *("--rounds", 1, "--prompt-tokens", 8, "--generate-tokens", 4),
 )
@@ -62,6 +62,8 @@ SMALL = (
     ("arguments", "message"),
     [
         (("--method", "wandasp"), "did you mean 'wanda-sp'?"),
+        (("--preset", "slow"), "unknown --preset 'slow'; expected fast, balanced, best"),
+        (("--refit", "some"), "unknown refit 'some'; expected none, least-squares, intercept, bias"),
         (("--allocation", "unifrom"), "did you mean 'uniform'?"),
         (("--heads", "some"), "unknown --heads 'some'"),
         (("--ratio", "0"), "ratio 0 is out of range"),
@@ -201,6 +203,7 @@ def test_disk_that_fills_up_keeps_the_earlier_output(
     assert outcome.code == 2
     assert "no disk space left" in outcome.err.splitlines()[-1]
     assert "Traceback" not in outcome.err
+    shutil.rmtree(tmp_path / ".out.work")  # where the same command continues once there is room
     assert snapshot(tmp_path) == before
 
 

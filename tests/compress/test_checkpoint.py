@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 import torch
 import toys
 from cuts import decode, groups_of, prefill, random_keep, some_ids, uniform_keep
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -21,6 +21,7 @@ from edgeprune import checkpoint
 from edgeprune.checkpoint import SavedCheckpoint, load_pruned, save
 from edgeprune.groups import layer_widths
 from edgeprune.plan import PrunePlan
+from edgeprune.refit import Mode, carry_intercepts
 from edgeprune.shrink import shrink
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -192,11 +193,11 @@ def fill_disk_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
-def fill_disk_in_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def fill_disk_in_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.SafetensorsWriter, "write", full)
 
 
 def fill_disk_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +207,7 @@ def fill_disk_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_write_config", full)
 
 
-@pytest.mark.parametrize("fill", [fill_disk_early, fill_disk_in_safetensors, fill_disk_in_python])
+@pytest.mark.parametrize("fill", [fill_disk_early, fill_disk_in_weights, fill_disk_in_python])
 def test_a_full_disk_leaves_the_earlier_folder(fill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     per_layer("llama", tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -228,14 +229,14 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_that_differs_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(tensors: dict[str, torch.Tensor], file: Path, **options: Any) -> None:
-        spoilt = {name: tensor.clone() for name, tensor in tensors.items()}
-        spoilt["model.norm.weight"][0] += 1e-6
-        save_file(spoilt, file, **options)
+@pytest.mark.parametrize("spoilt", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_copy_that_differs_is_not_believed(spoilt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(writer: checkpoint.SafetensorsWriter, name: str, tensor: torch.Tensor) -> None:
+        write(writer, name, tensor + 1e-6 if name == spoilt else tensor)
 
-    monkeypatch.setattr(checkpoint, "save_file", spoil)
-    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
+    write = checkpoint.SafetensorsWriter.write
+    monkeypatch.setattr(checkpoint.SafetensorsWriter, "write", spoil)
+    with pytest.raises(RuntimeError, match=re.escape(spoilt)):
         per_layer("llama", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -249,9 +250,7 @@ def test_not_finite_weights_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_large_finite_weights_are_finite() -> None:
-    model = toys.toy("llama").to(torch.float16)
-    model.lm_head.weight.data.fill_(6e4)  # their sum overflows
-    checkpoint.check_finite("model", model)
+    checkpoint.check_finite("model", "weight", torch.full((9, 9), 6e4, dtype=torch.float16))  # their sum overflows
 
 
 @pytest.mark.parametrize(
@@ -328,6 +327,22 @@ def test_a_real_model_with_its_tokenizer(stories260k: Path, tmp_path: Path) -> N
     copy = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert copy("Once upon a time").input_ids == tokenizer("Once upon a time").input_ids
     assert "local_files_only" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["intercept", "bias"])
+def test_intercepts_stay_where_the_stand_in_has_no_room_for_them(mode: Mode, tmp_path: Path) -> None:
+    """Five heads at this width are no stock Llama, and Mistral, its stand-in, knows no biases."""
+    model = toys.toy("llama", num_attention_heads=6, num_key_value_heads=6)
+    groups = groups_of(model)
+    keep = {group.name: tuple(range(5)) for group in groups if group.kind in ("heads", "kv_heads")}
+    carry_intercepts(model, groups, mode, {"heads", "channels"})
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.bias", "down_proj.bias")):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    shrink(model, groups, keep)
+    saved = save(model, None, None, layer_widths(groups, keep), tmp_path / "out")
+    assert (saved.form, saved.model_type) == ("per-layer", "llama")
+    assert_same_model(model, load_pruned(tmp_path / "out"))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.output import atomic_folder, check_output, check_space
+from edgeprune_runtime.output import atomic_folder, check_output, check_space, remove_parts
 
 MARKER = "marker.json"
 
@@ -183,3 +183,13 @@ def test_what_appears_during_the_run_is_not_replaced(tmp_path: Path, marker: str
 def test_name_too_long_for_the_system_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(EdgepruneError, match="too long"):
         check(tmp_path / ("x" * 300))
+
+
+def test_parts_of_dead_runs_are_removed_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".out.0123abcd.part", ".out.0123abcd.old", ".output.0123abcd.part", ".out.mine.part", "out"):
+        earlier(tmp_path / name)
+    check_output(tmp_path / "out", force=True, marker=MARKER, what="a thing", is_locked=True)
+    assert not caplog.text
+    remove_parts(tmp_path / "out")
+    assert names(tmp_path) == {".out.0123abcd.old", ".output.0123abcd.part", ".out.mine.part", "out"}
+    remove_parts(tmp_path / "absent" / "out")

@@ -1,0 +1,245 @@
+"""Whole candidates: a model cut this way or that, judged by what it makes of calibration text.
+
+Losses of single layers do not add up over a model: layers that could each go alone make up for each other. So a search
+over widths looks at whole candidates (`Cut`: what every layer keeps). It may ask two things of one:
+
+    divergence(cut)          KL(dense || candidate) of the next token, mean over the tokens, in nats: a forward pass
+    effects(cut, options)    for every option of every layer, what that one step would change the divergence by:
+                             a forward and a backward pass, and the changed block once for every option
+
+An effect is the Taylor series of the divergence around the candidate, up to its second term. At token t, let d_t be
+what the option changes in the block's output (on the candidate's own inputs), g_t the gradient of the divergence for
+that output, and s_t the gradient of the loss of tokens drawn from the candidate's own predictions, whose mean square is
+the Fisher information, which stands for the Hessian:
+
+    effect = mean_t <g_t, d_t> + 1/2 mean_t <s_t, d_t>^2
+
+Every width is refitted by least squares before it is judged, as it will be when it is chosen.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from edgeprune.budget import Cut, Layer, Widths
+from edgeprune.groups import Group
+from edgeprune.journal import Entry, Journal
+from edgeprune.refit import refit, unit_columns
+from edgeprune.shrink import shrink_blocks
+from edgeprune.statistics import HELD_OUT_EVERY, LOGIT_BYTES, LOGIT_COPIES, Moments, Progress
+from edgeprune.streaming import Decoder
+from edgeprune_runtime.errors import EdgepruneError
+
+Effects = Mapping[int, Sequence[float]]
+"""Layer -> the effect of each of its options, nats per token."""
+
+
+class Candidates:
+    """Judges cuts of one model on the same tokens. What it has found stays in the journal, question by question."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layers: Sequence[Layer],
+        moments: Mapping[str, Moments],
+        ids: torch.Tensor,
+        *,
+        is_refitted: bool = True,
+        dtype: torch.dtype = torch.float32,
+        step_tokens: int,
+        journal: Journal,
+        progress: Progress = lambda stage, done, total: None,
+    ) -> None:
+        """Prepare to judge; nothing is computed yet.
+
+        Args:
+            decoder: the dense model.
+            layers: its layers, whose scores name the units that go first.
+            moments: moments of the inputs of the Linears that read units.
+            ids: tokens to judge on, `(N, T)` int64; effects are asked for on one half, candidates compared on
+                the other.
+            is_refitted: whether the final cut will be refitted.
+            dtype: of the matrix products.
+            step_tokens: tokens that go through a block at once.
+            journal: remembers every answer.
+            progress: told of every block.
+
+        Raises:
+            EdgepruneError: if there are not two sequences.
+        """
+        if len(ids) < 2:
+            raise EdgepruneError(
+                f"a search judges on {len(ids)} calibration sequences kept aside; expected at least 2: "
+                f"raise --calibration-sequences to {2 * HELD_OUT_EVERY} or more"
+            )
+        self._decoder = decoder
+        self._layers = layers
+        self._moments = moments
+        self._is_refitted = is_refitted
+        self._dtype = dtype
+        self._weights_dtype = None if dtype == torch.bfloat16 else torch.float32
+        self._rows = max(1, step_tokens // ids.shape[1])
+        self._ids = ids
+        self.proposing = slice(0, len(ids) // 2)
+        self.accepting = slice(len(ids) // 2, len(ids))
+        self._journal = journal
+        self._progress = progress
+        self._questions = 0
+        self._calls = decoder.embed(ids[:1])[1]
+        self._fitted: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._dense: dict[int, torch.Tensor] = {}
+
+    def divergence(self, cut: Cut, part: slice = slice(None)) -> float:
+        """KL(dense || candidate), mean over the tokens of some of the sequences, nats."""
+
+        def judge() -> Entry:
+            total = 0.0
+            for rows in self._pieces(part):
+                with self._blocks(cut) as blocks, torch.no_grad():
+                    hidden = self._forward(rows, blocks)[-1]
+                    total += self._tail(rows, hidden)[0]
+            return Entry(facts=total / self._ids[part].numel())
+
+        return float(self._answer(judge).facts)
+
+    def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice = slice(None)) -> Effects:
+        """What each option of each layer would change the divergence by, on some of the sequences."""
+
+        def judge() -> Entry:
+            found = {layer: [0.0] * len(of_layer) for layer, of_layer in options.items()}
+            for rows in self._pieces(part):
+                with self._blocks(cut) as blocks:
+                    with torch.no_grad():
+                        inputs = self._forward(rows, blocks)
+                    _, divergence, drawn = self._tail(rows, inputs.pop(), with_gradients=True)
+                    for layer in reversed(range(len(blocks))):
+                        self._progress("search", len(blocks) - layer, len(blocks))
+                        x = inputs.pop().requires_grad_()
+                        with torch.enable_grad():
+                            y = self._run(layer, blocks[layer], x)
+                        for index, option in enumerate(options.get(layer, ())):
+                            with torch.no_grad(), self._block(layer, option) as block:
+                                change = self._run(layer, block, x) - y
+                            first = (divergence * change).sum()
+                            second = (drawn * change).sum(-1).square().sum() / 2
+                            found[layer][index] += float(first + second) / self._ids[part].numel()
+                        (before,) = torch.autograd.grad(y, x, divergence, retain_graph=True)
+                        (drawn,) = torch.autograd.grad(y, x, drawn)
+                        divergence = before
+            return Entry(facts=[[layer, effects] for layer, effects in found.items()])
+
+        return {int(layer): [float(effect) for effect in effects] for layer, effects in self._answer(judge).facts}
+
+    def _answer(self, judge: Callable[[], Entry]) -> Entry:
+        """The answer to the next question; the same search asks the same questions in the same order."""
+        self._questions += 1
+        return self._journal.remember(f"search-{self._questions}", judge)
+
+    def _pieces(self, part: slice) -> Iterator[slice]:
+        first, last, _ = part.indices(len(self._ids))
+        for begin in range(first, last, self._rows):
+            yield slice(begin, min(begin + self._rows, last))
+
+    def _forward(self, rows: slice, blocks: Sequence[nn.Module]) -> list[torch.Tensor]:
+        """The input of each block, and the output of the last, each `(N, T, D)` float32."""
+        states = [self._decoder.embed(self._ids[rows])[0]]
+        for layer, block in enumerate(blocks):
+            self._progress("search", layer, len(blocks))
+            states.append(self._run(layer, block, states[-1]))
+        return states
+
+    def _dense_output(self, rows: slice) -> torch.Tensor:
+        """What the dense model's last block puts out; kept, as every question needs it."""
+        if rows.start not in self._dense:
+            hidden = self._decoder.embed(self._ids[rows])[0]
+            for layer in range(self._decoder.layers):
+                with torch.no_grad(), self._decoder.block(layer, self._weights_dtype) as block:
+                    hidden = self._run(layer, block, hidden)
+            self._dense[rows.start] = hidden
+        return self._dense[rows.start]
+
+    def _tail(
+        self, rows: slice, hidden: torch.Tensor, *, with_gradients: bool = False
+    ) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """Sum of the divergences, its gradient for the last block's output, and that of the loss of drawn tokens."""
+        dense = self._dense_output(rows)
+        divergence, drawn = torch.zeros_like(hidden), torch.zeros_like(hidden)
+        vocabulary = self._decoder.config.get_text_config().vocab_size
+        chunk = max(1, LOGIT_BYTES // (LOGIT_COPIES * vocabulary * torch.float32.itemsize))
+        generator = torch.Generator().manual_seed(rows.start)
+        total = 0.0
+        with self._decoder.outside(self._weights_dtype):
+            for row, begin in itertools.product(range(len(hidden)), range(0, hidden.shape[1], chunk)):
+                at = (slice(row, row + 1), slice(begin, begin + chunk))
+                x = hidden[at].detach().requires_grad_(with_gradients)
+                with torch.no_grad():
+                    expected = self._log_probabilities(dense[at])
+                with torch.set_grad_enabled(with_gradients):
+                    found = self._log_probabilities(x)
+                    nats = (expected.exp() * (expected - found)).sum()
+                total += nats.item()
+                if with_gradients:
+                    token = torch.multinomial(found.detach().exp(), 1, generator=generator)
+                    (divergence[at],) = torch.autograd.grad(nats, x, retain_graph=True)
+                    (drawn[at],) = torch.autograd.grad(-found.gather(1, token).sum(), x)
+        return total, divergence, drawn
+
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the next token, `(T, V)` float32, from `(1, T, D)`."""
+        with self._precision():
+            logits = self._decoder.logits(hidden, self._weights_dtype)[0]
+        return log_softmax(logits.float(), -1)
+
+    @contextmanager
+    def _blocks(self, cut: Cut) -> Iterator[list[nn.Module]]:
+        """All blocks of a candidate."""
+        blocks = []
+        for layer in range(self._decoder.layers):
+            with self._block(layer, cut[layer]) as block:
+                blocks.append(block)
+        yield blocks
+
+    @contextmanager
+    def _block(self, layer: int, widths: Widths) -> Iterator[nn.Module]:
+        """A refitted and cut copy of one block."""
+        of_layer = self._layers[layer]
+        keep = of_layer.keep(*widths)
+        groups = (of_layer.kv_heads, of_layer.heads, of_layer.channels)
+        with self._decoder.block(layer, torch.float32) as dense:
+            block = copy.deepcopy(dense)
+        blocks = self._decoder.blocks
+        original = blocks[layer]
+        blocks[layer] = block
+        try:
+            for group in groups[1:]:
+                if self._is_refitted and len(keep[group.name]) < group.units:
+                    self._refit(group, keep[group.name])
+            shrink_blocks(self._decoder.model, groups, keep)
+        finally:
+            blocks[layer] = original
+        yield block.requires_grad_(False).to(self._dtype)
+
+    @torch.no_grad()
+    def _refit(self, group: Group, units: tuple[int, ...]) -> None:
+        """Put the refitted columns into the Linear that reads a group; every choice of units is fitted once."""
+        linear = self._decoder.model.get_submodule(group.inner.module)
+        assert isinstance(linear, nn.Linear), f"a slot names {group.inner.module}, which is no Linear"
+        columns = unit_columns(group.inner, units)
+        if (group.name, units) not in self._fitted:
+            # one ridge for all: choosing it for every width would take longer than judging does
+            moments = replace(self._moments[group.inner.module], held_out_gram=None, held_out_mean=None)
+            self._fitted[group.name, units] = refit(linear.weight, moments, columns).weight.to(self._dtype)
+        linear.weight[:, columns] = self._fitted[group.name, units].float()
+
+    def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        with self._precision():
+            return self._decoder.run(layer, block, hidden, self._calls).float()
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)

@@ -1,0 +1,92 @@
+"""How long a pruning would take here, from what one walk over this model took: an estimate, to choose a preset by.
+
+    time of a preset = tokens x (forward + gradients on a share of them) + refit + rounds of the search
+
+The pace of the walk was measured; what was not is a multiple of it. Text, export and checks are not in it.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from edgeprune.allocation.search import ROUNDS
+from edgeprune.memory import Sizes
+from edgeprune.presets import Preset
+from edgeprune.statistics import HELD_OUT_EVERY, Method
+
+BACKWARD = 2.5
+"""Loss and gradients take so many times the forward pass, where they were not measured: the block once more, and two
+matrix products for each of its own."""
+
+SOLVES = 5
+"""Systems that a refit solves for each Linear: one for each ridge on trial, and the last on all tokens."""
+
+DOUBLE = 4
+"""Float64 takes so many times as long per operation as the walk's own dtype."""
+
+ROUND_FORWARDS, ROUND_SOLVES = 10, 3
+"""What one round of a search costs: a candidate forward and backward with the options of its blocks, and the judging of
+a few more; and the refit of about so many widths of each Linear."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that this machine takes for this model.
+
+    Attributes:
+        forward: per token, through all blocks, Gram matrices included.
+        backward: per token, the loss and the gradients of all blocks.
+        solve: of one refit of all Linears that read units.
+    """
+
+    forward: float
+    backward: float
+    solve: float
+
+    @classmethod
+    def of(
+        cls, sizes: Sizes, statistics_seconds: float, gradient_seconds: float | None, graded: int, *, had_grams: bool
+    ) -> Self:
+        """The pace of a walk.
+
+        Args:
+            sizes: of the model and of the tokens that were walked.
+            statistics_seconds: how long the forward pass took.
+            gradient_seconds: how long loss and gradients took; None without them.
+            graded: sequences that these saw.
+            had_grams: Gram matrices were summed on the way.
+        """
+        plain = statistics_seconds / (sizes.sequences * sizes.length_tokens)
+        products = sum(inputs**2 for inputs in sizes.inner)
+        with_grams = 1 + products / sizes.block_parameters
+        forward = plain if had_grams else plain * with_grams
+        seconds_per_product = forward / with_grams / (sizes.layers * sizes.block_parameters)
+        # a Cholesky factor of K inputs takes K^3 / 6 products, and hidden_size right-hand sides K^2 each
+        systems = sum(inputs**3 / 6 + sizes.hidden_size * inputs**2 for inputs in sizes.inner)
+        return cls(
+            forward=forward,
+            backward=BACKWARD * plain
+            if gradient_seconds is None
+            else gradient_seconds / (graded * sizes.length_tokens),
+            solve=DOUBLE * sizes.layers * systems * seconds_per_product,
+        )
+
+
+def estimate_seconds(preset: Preset, pace: Pace, *, refits: bool = True) -> float:
+    """How long statistics, search and refit would take with these values."""
+    graded = min(preset.gradient_sequences, preset.calibration_sequences)
+    if not Method.parse(preset.method).reads_gradients:
+        graded = 0
+    seconds = pace.forward * preset.calibration_sequences * preset.calibration_tokens
+    seconds += pace.backward * graded * preset.calibration_tokens
+    seconds += SOLVES * pace.solve if refits else 0.0
+    return seconds + _search_seconds(preset, pace)
+
+
+def _search_seconds(preset: Preset, pace: Pace) -> float:
+    name, _, argument = preset.allocation.partition(":")
+    if name != "search":
+        return 0.0
+    if argument.endswith("min"):
+        return 60.0 * float(argument.removesuffix("min"))
+    tokens = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
+    return int(argument or ROUNDS) * (ROUND_FORWARDS * tokens * pace.forward + ROUND_SOLVES * pace.solve)

@@ -1,0 +1,264 @@
+"""How much memory and disk a walk over a model takes, known before a weight is read.
+
+The figures come from shapes alone: of the tensors in the files' headers, of the groups, and of the calibration tokens.
+Each phase of a walk holds a few things at once, and the largest phase is what the run needs:
+
+    outside     what lies outside the blocks, and once more in float32 where it is asked for
+    block       the weights of the largest block
+    Gram        of o_proj's and down_proj's inputs, of two parts of the tokens
+    solve       float64 systems of the refit, or of structured OBS
+    gradients   float32 weights, their gradients, and sums of these
+    step        activations of the tokens that go through a block at once
+    candidate   a whole cut model, refitted pieces of others, and hidden states between all blocks: a search over widths
+
+They are estimates on the safe side; a test and a benchmark hold them against what is measured.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from edgeprune.groups import Group
+from edgeprune.statistics import BATCH_TOKENS, LOGIT_BYTES, LOGIT_COPIES, WEIGHT_NEEDS, Method
+from edgeprune.streaming import Decoder
+from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.limits import memory_limit_bytes
+from edgeprune_runtime.report import format_bytes
+
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
+LIBRARIES_BYTES = 600 << 20
+"""Python, torch and transformers, before a model is there."""
+
+SCORE_MATRICES, REFIT_MATRICES = 2, 3
+"""Float64 matrices of all inputs that scores hold at their worst (structured OBS: an inverse and the weights), and a
+refit: of both parts of the tokens, and a system that is factored in place."""
+
+STEP_HIDDEN, STEP_INNER = 10, 6
+"""Values per token of a step, in multiples of hidden_size and of the inputs of o_proj and down_proj."""
+
+GRADIENT_STEP = 3
+"""Activations that autograd keeps, as a multiple of those that a forward step holds."""
+
+CANDIDATES = 4
+"""A search holds a cut model, and refitted o_proj and down_proj of the widths it has tried: about so many models."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the estimates are made of.
+
+    Attributes:
+        outside_bytes: what lies outside the blocks, as stored.
+        outside_parameters: number of its values.
+        block_bytes: the largest block, as stored.
+        block_parameters: number of its values.
+        blocks_bytes: all blocks, as stored.
+        layers: number of blocks.
+        hidden_size: width of the hidden states.
+        vocabulary: width of the logits.
+        inner: inputs of each Linear that reads units, in the widest block.
+        sequences: calibration sequences.
+        length_tokens: tokens of each.
+    """
+
+    outside_bytes: int
+    outside_parameters: int
+    block_bytes: int
+    block_parameters: int
+    blocks_bytes: int
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    inner: tuple[int, ...]
+    sequences: int
+    length_tokens: int
+
+    @classmethod
+    def of(cls, decoder: Decoder, sequences: int, length_tokens: int) -> "Sizes":
+        """Sizes of a decoder, whose blocks need not be in memory."""
+        blocks = [list(block.parameters()) for block in decoder.blocks]
+        inside = {id(parameter) for block in blocks for parameter in block}
+        outside = [parameter for parameter in decoder.model.parameters() if id(parameter) not in inside]
+        return cls(
+            outside_bytes=_bytes(outside),
+            outside_parameters=sum(parameter.numel() for parameter in outside),
+            block_bytes=max(map(_bytes, blocks)),
+            block_parameters=max(sum(parameter.numel() for parameter in block) for block in blocks),
+            blocks_bytes=sum(map(_bytes, blocks)),
+            layers=decoder.layers,
+            hidden_size=decoder.config.hidden_size,
+            vocabulary=decoder.config.get_text_config().vocab_size,
+            inner=_inner(decoder.groups),
+            sequences=sequences,
+            length_tokens=length_tokens,
+        )
+
+    @property
+    def gram_bytes(self) -> int:
+        """Gram matrices of one block, float32, of one part of the tokens."""
+        return FLOAT32_BYTES * sum(inputs**2 for inputs in self.inner)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of all calibration tokens, float32."""
+        return FLOAT32_BYTES * self.sequences * self.length_tokens * self.hidden_size
+
+    @property
+    def logit_bytes(self) -> int:
+        """Logits of as many tokens of a sequence as are looked at together, and what the loss makes of them."""
+        return min(LOGIT_BYTES, LOGIT_COPIES * FLOAT32_BYTES * self.length_tokens * self.vocabulary)
+
+    def step_bytes(self, tokens: int) -> int:
+        """Activations of one forward step."""
+        return FLOAT32_BYTES * tokens * (STEP_HIDDEN * self.hidden_size + STEP_INNER * sum(self.inner))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as far as its memory depends on it.
+
+    Attributes:
+        method: the importance method.
+        refits: whether the refit follows.
+        dtype: of the statistics' matrix products.
+        graded: sequences that the gradients see.
+        journal_in_memory: there is no folder for the hidden states.
+        searches: the allocation judges whole candidates.
+    """
+
+    method: Method
+    refits: bool
+    dtype: torch.dtype
+    graded: int
+    journal_in_memory: bool = False
+    searches: bool = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """How a run stays within its memory.
+
+    Attributes:
+        step_tokens: tokens that go through a block at once.
+        keeps_blocks: all blocks fit beside the work, and stay in memory.
+        peak_bytes: the most that the run takes.
+        scratch_bytes: the most that its journal takes on disk.
+    """
+
+    step_tokens: int
+    keeps_blocks: bool
+    peak_bytes: int
+    scratch_bytes: int
+
+
+def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
+    """Bytes that each phase of a run holds at once."""
+    always = LIBRARIES_BYTES + sizes.outside_bytes
+    if work.journal_in_memory:
+        always += 2 * sizes.hidden_bytes
+    casts = work.dtype != torch.bfloat16
+    weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)
+    reads_inputs = work.refits or work.searches or "inputs" in work.method.needs
+    grams = 2 * sizes.gram_bytes if reads_inputs else 0
+    matrix = FLOAT64_BYTES * max(sizes.inner) ** 2
+    step = sizes.step_bytes(step_tokens)
+    found = {
+        "the first and last layer in float32": always + FLOAT32_BYTES * sizes.outside_parameters,
+        "the statistics of a block": always + weights + grams + max(step, sizes.gram_bytes),
+    }
+    if "inputs" in work.method.needs:
+        found["the scores of a block"] = always + weights + grams + SCORE_MATRICES * matrix
+    if work.refits:
+        found["the refit of a block"] = always + weights + grams + REFIT_MATRICES * matrix
+    if work.graded:
+        needs = work.method.needs
+        # weights; gradients of a step and their sum, where the method reads them; the sum of their squares
+        copies = 4 if "fisher" in needs else 3 if needs & WEIGHT_NEEDS else 1
+        gradients = copies * FLOAT32_BYTES * sizes.block_parameters
+        found["the gradients of a block"] = always + gradients + GRADIENT_STEP * step
+        head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
+        found["the loss"] = always + head + sizes.logit_bytes
+    if work.searches:
+        models = CANDIDATES * work.dtype.itemsize * sizes.block_parameters * sizes.layers
+        states = FLOAT32_BYTES * step_tokens * sizes.hidden_size * (sizes.layers + 1)
+        found["the search over widths"] = always + models + states + grams + sizes.logit_bytes + GRADIENT_STEP * step
+    return found
+
+
+def scratch_bytes(sizes: Sizes, work: Work) -> int:
+    """Bytes that the journal takes on disk at its worst."""
+    moments = sizes.layers * sizes.gram_bytes if work.refits or work.searches else 0
+    inputs = work.dtype.itemsize * work.graded * sizes.length_tokens * sizes.hidden_size * sizes.layers
+    return max(moments, sizes.blocks_bytes) + sizes.block_bytes + 3 * sizes.hidden_bytes + inputs
+
+
+def fit(sizes: Sizes, work: Work, limit_bytes: int | None) -> Footprint:
+    """How to stay within a limit; without one, within half of what this machine gives where that is possible.
+
+    Raises:
+        EdgepruneError: if one block's work does not fit into the limit.
+    """
+    budget = limit_bytes or default_budget()
+    step_tokens = max(1, min(BATCH_TOKENS // sizes.length_tokens, sizes.sequences)) * sizes.length_tokens
+    phase, peak = _largest(phases(sizes, work, step_tokens))
+    while limit_bytes is not None and peak > limit_bytes and step_tokens > sizes.length_tokens:
+        step_tokens -= sizes.length_tokens
+        phase, peak = _largest(phases(sizes, work, step_tokens))
+    if limit_bytes is not None and peak > limit_bytes:
+        raise EdgepruneError(
+            f"--max-memory {format_bytes(limit_bytes)} does not do: {phase} takes about {format_bytes(peak)}; give "
+            f"that much, or {_advice(sizes, work, limit_bytes)}"
+        )
+    everything = peak + sizes.blocks_bytes
+    keeps_blocks = everything <= budget
+    return Footprint(
+        step_tokens=step_tokens,
+        keeps_blocks=keeps_blocks,
+        peak_bytes=everything if keeps_blocks else peak,
+        scratch_bytes=scratch_bytes(sizes, work),
+    )
+
+
+def _largest(of_phases: Mapping[str, int]) -> tuple[str, int]:
+    return max(of_phases.items(), key=lambda item: item[1])
+
+
+def default_budget() -> int:
+    """Half of the memory that this machine, or the control group we are in, has."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    return min(physical, memory_limit_bytes() or physical) // 2
+
+
+def _advice(sizes: Sizes, work: Work, budget: int) -> str:
+    """What would make the work smaller, if anything does."""
+    lighter = {
+        "lower --calibration-tokens": (replace(sizes, length_tokens=64), work),
+        "use --dtype bfloat16": (sizes, replace(work, dtype=torch.bfloat16)),
+        "use a --method without gradients": (sizes, replace(work, graded=0)),
+        "use --allocation protect": (sizes, replace(work, searches=False)),
+        "use --refit none": (sizes, replace(work, refits=False)),
+        "use --refit none --method magnitude": (
+            sizes,
+            replace(work, refits=False, graded=0, method=Method.parse("magnitude")),
+        ),
+    }
+    helps = (
+        advice
+        for advice, (other_sizes, other) in lighter.items()
+        if max(phases(other_sizes, other, other_sizes.length_tokens).values()) <= budget
+    )
+    return next(helps, "take a smaller model")
+
+
+def _inner(groups: Sequence[Group]) -> tuple[int, ...]:
+    widest: dict[str, int] = {}
+    for group in groups:
+        if group.kind != "kv_heads":
+            widest[group.kind] = max(widest.get(group.kind, 0), group.units * group.inner.size)
+    return tuple(widest.values())
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,309 @@
+"""A decoder whose blocks come into memory one at a time.
+
+    outside    embedding, final norm, head, rotary frequencies: always in memory
+    blocks     on torch's meta device: shapes, no values; `block` brings the values of one for as long as it is used
+
+        with decoder.block(3) as block:        # its tensors are read from the checkpoint's files here,
+            hidden = decoder.run(3, block, hidden, calls)
+                                               # and are gone again here
+
+A model that fits keeps the blocks it has read (`keeps_blocks`), and one that is whole in memory hands them out as they
+are (`Decoder.of`): there is one way to walk a model, whatever its size. A walk has three parts, which run the model's
+own code with the blocks taken out of it, so that every architecture keeps its own embedding, masks, rotary embedding,
+norm and head:
+
+    hidden, calls = decoder.embed(ids)    what enters the first block, and with which arguments each block is called
+    hidden = decoder.run(layer, block, hidden, calls)
+    logits = decoder.logits(hidden)
+
+Hidden states between blocks are float32. Weights stay as they are stored (bfloat16 takes half the memory) unless
+float32 is asked for, as gradients do; products in bfloat16 are the business of torch.autocast around the walk.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from edgeprune.configs import architecture, quiet_global_reads
+from edgeprune.groups import Group
+from edgeprune_runtime.errors import EdgepruneError
+
+Reader = Callable[[], torch.Tensor]
+"""Reads one tensor from where it is stored."""
+
+Calls = Sequence[Mapping[str, Any]]
+"""For each block the arguments, besides the hidden states, that the model calls it with."""
+
+
+class Decoder:
+    """A model as outside and blocks.
+
+    Attributes:
+        model: the whole module tree; blocks that are not in memory have their shapes in it.
+        blocks_name: module name of the list of blocks.
+        blocks: that list.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        readers: Mapping[str, Reader] | None = None,
+        *,
+        keeps_blocks: bool = False,
+        name: str = "the model",
+    ) -> None:
+        """Make a decoder; nothing is read yet.
+
+        Args:
+            model: the skeleton, on the meta device; or a whole model, and no readers.
+            readers: for each stored tensor, by the model's name for it, how to read it.
+            keeps_blocks: blocks stay in memory once they were read.
+            name: what messages call it.
+        """
+        self.model = model
+        self.name = name
+        self.keeps_blocks = keeps_blocks
+        self.blocks_name = blocks_name(self.groups)
+        self.blocks: nn.ModuleList = model.get_submodule(self.blocks_name)  # type: ignore[assignment]  # known by name
+        self._readers = dict(readers or {})
+        self._checked: set[str] = set()
+        self._has_outside = readers is None
+
+    @classmethod
+    def of(cls, model: "PreTrainedModel | Decoder") -> "Decoder":
+        """A decoder as it is, or of a model that is whole in memory."""
+        return model if isinstance(model, Decoder) else cls(model)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that the architecture lists for the config as it is now."""
+        return model_groups(self.model)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether blocks come and go, as they do not all fit into memory."""
+        return bool(self._readers) and not self.keeps_blocks
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a block's tensors begin with."""
+        return f"{self.blocks_name}.{layer}."
+
+    def outside_names(self) -> list[str]:
+        """Names of the stored tensors that lie outside the blocks; of tied ones the first."""
+        first: dict[int, str] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if not name.startswith(f"{self.blocks_name}."):
+                first.setdefault(id(tensor), name)
+        return list(first.values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors that a checkpoint stores, by name; those of blocks that are not in memory lie on meta."""
+        self.load_outside()
+        state = self.model.state_dict(keep_vars=True)
+        inside = [name for name in state if name.startswith(f"{self.blocks_name}.")]
+        return {name: state[name].detach() for name in (*self.outside_names(), *inside)}
+
+    def load_outside(self) -> None:
+        """Read what lies outside the blocks, and compute the buffers that no file stores, if that is not done.
+
+        Raises:
+            EdgepruneError: if a weight is not finite.
+        """
+        if self._has_outside:
+            return
+        state = self.model.state_dict()
+        outside = {name for name in state if not name.startswith(f"{self.blocks_name}.")}
+        self.model.load_state_dict(
+            {name: self._read_tensor(name) for name in outside & self._readers.keys()}, strict=False, assign=True
+        )
+        self.model.tie_weights()
+        for name, module in self.model.named_modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                # rotary embeddings are all there is of this sort, and their constructor takes the config
+                with quiet_global_reads():
+                    setattr(parent, name.rpartition(".")[2], type(module)(self.config))
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._has_outside = True
+
+    @contextmanager
+    def block(self, layer: int, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """One block, its values in memory while the code inside runs.
+
+        Args:
+            layer: which.
+            dtype: what its weights must be; None takes them as they are stored. Where they differ, the code inside
+                gets a copy, otherwise the block itself, which it may change.
+
+        Raises:
+            EdgepruneError: if a weight is not finite.
+        """
+        block = self.blocks[layer]
+        if _is_on_meta(block) and dtype not in (None, *_dtypes(block)) and not self.keeps_blocks:
+            fresh = copy.deepcopy(block)
+            fresh.load_state_dict(self._read(layer, dtype), assign=True)
+            yield fresh
+            return
+        if _is_on_meta(block):
+            block.load_state_dict(self._read(layer), assign=True)
+            drops = not self.keeps_blocks
+        else:
+            drops = False
+        try:
+            if dtype is not None and _dtypes(block) != {dtype}:
+                yield copy.deepcopy(block).to(dtype)
+            else:
+                yield block
+        finally:
+            if drops:
+                block.to("meta")
+
+    @contextmanager
+    def outside(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+        """The model with what lies outside the blocks in `dtype` (None: as it is) while the code inside runs."""
+        self.load_outside()
+        inside = {id(parameter) for parameter in self.blocks.parameters()}
+        before = [
+            (parameter, parameter.data)
+            for parameter in self.model.parameters()
+            if id(parameter) not in inside and dtype not in (None, parameter.dtype)
+        ]
+        try:
+            for parameter, data in before:
+                parameter.data = data.to(dtype)
+            yield self.model
+        finally:
+            for parameter, data in before:
+                parameter.data = data
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all blocks in memory while the code inside runs."""
+        with ExitStack() as stack:
+            stack.enter_context(self.outside())
+            for layer in range(self.layers):
+                stack.enter_context(self.block(layer))
+            yield self.model
+
+    def read_from(self, layer: int, readers: Mapping[str, Reader]) -> None:
+        """Let a block that is not in memory be read from elsewhere from now on; names are those inside the block."""
+        prefix = self.prefix(layer)
+        self._readers = {name: read for name, read in self._readers.items() if not name.startswith(prefix)}
+        self._readers |= {prefix + name: read for name, read in readers.items()}
+
+    def release(self, layer: int) -> None:
+        """Give the memory of a block back; it must be readable again, or never be used again."""
+        self.blocks[layer].to("meta")
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, Calls]:
+        """What enters the first block, `(B, T, D)` float32, and the arguments of each block."""
+        recorders = [_StandIn(block) for block in self.blocks]
+        with self.outside(torch.float32) as model, self._blocks_replaced(recorders):
+            model.base_model(input_ids=ids, use_cache=False)
+        return recorders[0].hidden, [recorder.arguments for recorder in recorders]
+
+    def run(self, layer: int, block: nn.Module, hidden: torch.Tensor, calls: Calls) -> torch.Tensor:
+        """What a block makes of hidden states `(B, T, D)`."""
+        output = block(hidden, **calls[layer])
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    def logits(self, hidden: torch.Tensor, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
+        """Logits `(B, T, V)` of what leaves the last block; `dtype` is that of the weights, None as they are."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        replays = [_StandIn(block, replay=hidden) for block in self.blocks]
+        with self.outside(dtype) as model, self._blocks_replaced(replays):
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _read(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        prefix = self.prefix(layer)
+        names = self.blocks[layer].state_dict()
+        return {name: self._read_tensor(prefix + name).to(dtype) for name in names}
+
+    def _read_tensor(self, name: str) -> torch.Tensor:
+        tensor = self._readers[name]()
+        if name not in self._checked:
+            check_finite(self.name, name, tensor)
+            self._checked.add(name)
+        return tensor
+
+    @contextmanager
+    def _blocks_replaced(self, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+        parent_name, _, attribute = self.blocks_name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        setattr(parent, attribute, nn.ModuleList(stand_ins))
+        try:
+            yield
+        finally:
+            setattr(parent, attribute, self.blocks)
+
+
+def model_groups(model: PreTrainedModel) -> list[Group]:
+    """The groups that the model's architecture file lists."""
+    found: list[Group] = architecture(model.config.model_type).groups(model.config)
+    return found
+
+
+def blocks_name(groups: Sequence[Group]) -> str:
+    """Module name of the list of decoder blocks, from the slots: `model.layers.3.mlp.up_proj` -> `model.layers`."""
+    group = groups[0]
+    return group.slots[0].module.partition(f".{group.layer}.")[0]
+
+
+def check_finite(model_name: str, name: str, tensor: torch.Tensor) -> None:
+    """Check that no value of a tensor is NaN or infinite.
+
+    Raises:
+        EdgepruneError: naming the tensor.
+    """
+    # A sum is finite only if every summand is, and costs a fifth of a look at each; where it overflows, look.
+    if tensor.detach().sum().isfinite():
+        return
+    if count := int((~tensor.detach().isfinite()).sum()):
+        raise EdgepruneError(f"{model_name}: {name} holds {count} NaN or infinite values; expected finite weights")
+
+
+def _is_on_meta(block: nn.Module) -> bool:
+    return next(block.parameters()).is_meta
+
+
+def _dtypes(block: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in block.parameters()}
+
+
+class _StandIn(nn.Module):
+    """Stands in for a block: keeps what it is called with, and hands on the hidden states, or those given to replay."""
+
+    def __init__(self, block: nn.Module, replay: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self._modules["block"] = block
+        self.replay = replay
+        self.hidden = torch.empty(0)
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        # models read attributes such as `attention_type` off their blocks
+        block = cast(Any, self.__dict__["_modules"]["block"])
+        return block if name == "block" else getattr(block, name)
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        return hidden if self.replay is None else self.replay

@@ -1,0 +1,60 @@
+"""The estimated time of a preset follows what was measured, and what the preset asks for."""
+
+from dataclasses import replace
+
+import pytest
+
+from edgeprune.estimate import BACKWARD, Pace, estimate_seconds
+from edgeprune.memory import Sizes
+from edgeprune.presets import Preset
+
+SIZES = Sizes(
+    outside_bytes=0,
+    outside_parameters=0,
+    block_bytes=0,
+    block_parameters=1000,
+    blocks_bytes=0,
+    layers=5,
+    hidden_size=16,
+    vocabulary=100,
+    inner=(16, 40),
+    sequences=8,
+    length_tokens=50,
+)
+PLAIN = Preset("", "wanda-sp", "protect", 64, 100, 32)
+PACE = Pace(forward=1e-3, backward=3e-3, solve=2.0)
+
+
+def test_pace_is_seconds_per_token() -> None:
+    pace = Pace.of(SIZES, 4.0, 1.0, 2, had_grams=True)
+    assert pace.forward == pytest.approx(4.0 / 400)
+    assert pace.backward == pytest.approx(1.0 / 100)
+    assert pace.solve > 0
+
+
+def test_what_was_not_measured_is_a_multiple_of_what_was() -> None:
+    pace = Pace.of(SIZES, 4.0, None, 0, had_grams=False)
+    assert pace.backward == pytest.approx(BACKWARD * 4.0 / 400)
+    assert pace.forward == pytest.approx(4.0 / 400 * (1 + (16**2 + 40**2) / 1000))
+    assert pace.solve == pytest.approx(Pace.of(SIZES, 400 * pace.forward, None, 0, had_grams=True).solve)
+
+
+def test_time_of_a_preset_without_gradients() -> None:
+    assert estimate_seconds(PLAIN, PACE, refits=False) == pytest.approx(6.4)
+    assert estimate_seconds(PLAIN, PACE) == pytest.approx(6.4 + 5 * 2.0)
+
+
+def test_gradients_count_for_the_sequences_that_they_see() -> None:
+    graded = replace(PLAIN, method="taylor-fine")
+    plain = estimate_seconds(PLAIN, PACE)
+    assert estimate_seconds(graded, PACE) == pytest.approx(plain + 3e-3 * 32 * 100)
+    assert estimate_seconds(replace(graded, gradient_sequences=500), PACE) == pytest.approx(plain + 3e-3 * 64 * 100)
+
+
+def test_a_search_takes_its_rounds_or_its_minutes() -> None:
+    plain = estimate_seconds(PLAIN, PACE)
+    rounds = [estimate_seconds(replace(PLAIN, allocation=f"search:{n}"), PACE) - plain for n in (1, 4)]
+    assert rounds[1] == pytest.approx(4 * rounds[0])
+    assert rounds[0] == pytest.approx(10 * 8 * 100 * 1e-3 + 3 * 2.0)
+    assert estimate_seconds(replace(PLAIN, allocation="search"), PACE) > plain + rounds[0]
+    assert estimate_seconds(replace(PLAIN, allocation="search:2min"), PACE) == pytest.approx(plain + 120)

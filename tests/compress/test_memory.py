@@ -1,0 +1,109 @@
+"""What a run needs is known from shapes, and what a limit does not hold is refused with words that help."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from toys import toy
+
+from edgeprune.memory import Footprint, Sizes, Work, fit, phases, scratch_bytes
+from edgeprune.statistics import BATCH_TOKENS, Method
+from edgeprune.streaming import Decoder
+from edgeprune_runtime.errors import EdgepruneError
+
+GB = 10**9
+SEVEN = Sizes(  # Llama-7B in bfloat16, 64 x 512 tokens
+    outside_bytes=2 * 2 * 32000 * 4096,
+    outside_parameters=2 * 32000 * 4096,
+    block_bytes=2 * 202_383_360,
+    block_parameters=202_383_360,
+    blocks_bytes=32 * 2 * 202_383_360,
+    layers=32,
+    hidden_size=4096,
+    vocabulary=32000,
+    inner=(4096, 11008),
+    sequences=64,
+    length_tokens=512,
+)
+
+
+def work(method: str = "wanda-sp", dtype: torch.dtype = torch.bfloat16, refits: bool = True) -> Work:
+    parsed = Method.parse(method)
+    return Work(parsed, refits, dtype, graded=32 if parsed.reads_gradients else 0)
+
+
+def fitted(limit: float, *arguments: Any, **options: Any) -> Footprint:
+    return fit(SEVEN, work(*arguments, **options), int(limit))
+
+
+def test_seven_billion_parameters_are_pruned_in_six_gigabytes() -> None:
+    footprint = fitted(6 * GB)
+    assert footprint.peak_bytes < 6 * GB
+    assert not footprint.keeps_blocks
+    assert footprint.step_tokens == BATCH_TOKENS
+    assert 15 * GB < footprint.scratch_bytes < 25 * GB
+
+
+def test_need_does_not_grow_with_the_number_of_blocks() -> None:
+    deep = Sizes(**(vars(SEVEN) | {"layers": 320, "blocks_bytes": 10 * SEVEN.blocks_bytes}))
+    for method in ("wanda-sp", "obs", "fusion", "taylor-mixed"):
+        assert phases(deep, work(method), 4096) == phases(SEVEN, work(method), 4096)
+    assert scratch_bytes(deep, work()) > 9 * scratch_bytes(SEVEN, work())
+
+
+def test_a_search_holds_whole_models_and_is_refused_where_they_do_not_fit() -> None:
+    searching = replace(work(), searches=True)
+    deep = replace(SEVEN, layers=64)
+    assert (
+        phases(deep, searching, 4096)["the search over widths"]
+        > phases(SEVEN, searching, 4096)["the search over widths"]
+    )
+    with pytest.raises(EdgepruneError, match=r"the search over widths takes about .* use --allocation protect"):
+        fit(SEVEN, searching, 6 * GB)
+
+
+def test_steps_become_smaller_to_fit() -> None:
+    wide = fitted(100 * GB, "taylor-fine", refits=False)
+    narrow = fitted(
+        0.9 * max(phases(SEVEN, work("taylor-fine", refits=False), BATCH_TOKENS).values()), "taylor-fine", refits=False
+    )
+    assert narrow.step_tokens < wide.step_tokens == BATCH_TOKENS
+    assert narrow.step_tokens % SEVEN.length_tokens == 0
+
+
+def test_blocks_stay_where_all_of_them_fit() -> None:
+    assert fitted(30 * GB).keeps_blocks
+    assert not fitted(15 * GB).keeps_blocks
+
+
+@pytest.mark.parametrize(
+    ("limit", "arguments", "advice"),
+    [
+        (3 * GB, ("wanda-sp",), "use --refit none"),
+        (2.5 * GB, ("wanda-sp",), "use --refit none --method magnitude"),
+        (1 * GB, ("magnitude", torch.float32), "take a smaller model"),
+        (4 * GB, ("taylor-mixed", torch.bfloat16, False), "use a --method without gradients"),
+    ],
+)
+def test_refusal_says_what_helps(limit: float, arguments: tuple[Any, ...], advice: str) -> None:
+    with pytest.raises(EdgepruneError, match=r"does not do: .* takes about .* GiB; give that much, or") as refused:
+        fitted(limit, *arguments)
+    assert advice in str(refused.value)
+
+
+def test_without_a_limit_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.memory.default_budget", lambda: 1)
+    footprint = fit(SEVEN, work(), None)
+    assert not footprint.keeps_blocks
+    assert footprint.step_tokens == BATCH_TOKENS
+
+
+def test_sizes_of_a_model_are_those_of_its_tensors() -> None:
+    model = toy("llama-bias").to(torch.bfloat16)
+    sizes = Sizes.of(Decoder.of(model), 5, 20)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert sizes.outside_parameters + 3 * sizes.block_parameters == parameters
+    assert sizes.outside_bytes + sizes.blocks_bytes == 2 * parameters
+    assert sizes.inner == (32, 80)
+    assert sizes.hidden_bytes == 4 * 5 * 20 * 48

@@ -1,0 +1,67 @@
+"""Every importance method with every allocation and every refit, from a model to a cut one."""
+
+import copy
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import toy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edgeprune import plugins
+from edgeprune.calibration import Calibration
+from edgeprune.pruning import Settings, allocate, apply_plan, judge, make_plan, model_groups
+
+METHODS, ALLOCATIONS = plugins.names("importance"), plugins.names("allocation")
+MODES = ("none", "bias", "least-squares", "intercept")
+
+
+def calibration(ids: torch.Tensor) -> Calibration:
+    return Calibration(ids, "test", 0, "")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_allocation_and_refit_gives_a_model_that_computes(method: str) -> None:
+    model = toy("llama", intermediate_size=160, num_hidden_layers=6)
+    tokens = calibration(torch.randint(3, 97, (16, 24), generator=torch.Generator().manual_seed(1)))
+    settings = Settings(0.2, method=method, align=4, min_channels=8, gradient_sequences=4)
+    plan, stats = make_plan(copy.deepcopy(model), "toy", tokens, settings)
+    for i, allocation in enumerate(ALLOCATIONS):
+        of_this = replace(settings, allocation=allocation)
+        judge_of = partial(judge, model, calibration=tokens, settings=of_this, stats=stats)
+        keep = allocate(model, model_groups(model), stats.scores, of_this, stats.influence, judge_of)
+        smaller = copy.deepcopy(model)
+        apply_plan(smaller, replace(plan, keep=keep, refit=MODES[i % len(MODES)]), stats.moments)
+        assert torch.isfinite(smaller(tokens.ids).logits).all()
+
+
+@torch.no_grad()
+def loss(model: Any, ids: torch.Tensor) -> float:
+    return sum(float(model(rows, labels=rows).loss) for rows in ids.split(16)) / len(ids.split(16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_trained_model_each_part_of_the_refit_wins_something_back(
+    method: str, stories260k: Path, data_folder: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    lines = (data_folder / "text" / "tinystories_train_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = torch.tensor([token for line in lines for token in tokenizer(json.loads(line)["text"]).input_ids])
+    windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
+    fitting, judging = windows[: len(windows) // 2], windows[len(windows) // 2 :][:64]
+    settings = Settings(0.2, method=method, allocation="knapsack", align=4, min_channels=16)
+    plan, stats = make_plan(copy.deepcopy(model), "stories", calibration(fitting), settings)
+    losses = {}
+    for mode in MODES:
+        smaller = copy.deepcopy(model)
+        apply_plan(smaller, replace(plan, refit=mode), stats.moments)
+        losses[mode] = loss(smaller, judging)
+    assert losses["least-squares"] < losses["bias"] < losses["none"]
+    assert losses["intercept"] < losses["least-squares"] + 0.02
+    assert losses["intercept"] > loss(model, judging)

@@ -1,0 +1,153 @@
+"""Candidates are judged as the cut model would be, and the search only ever gets nearer to the dense model."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from toys import toy
+from transformers import PreTrainedModel
+
+from edgeprune.allocation import search
+from edgeprune.budget import Cut, Problem, Widths, cut_evenly, keep_list, removed
+from edgeprune.calibration import Calibration
+from edgeprune.journal import Journal
+from edgeprune.pruning import Settings, apply_plan, judge, make_plan, make_problem, model_groups
+from edgeprune.statistics import Stats
+from edgeprune_runtime.errors import EdgepruneError
+
+SETTINGS = Settings(0.15, method="wanda-sp", allocation="uniform:mixed", align=2, min_channels=4)
+
+
+def calibrated(model: PreTrainedModel, sequences: int = 32) -> Calibration:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (sequences, 12), generator=generator)
+    return Calibration(ids, source="random tokens", sha256="0" * 64, seed=0)
+
+
+def judged(name: str, journal: Journal | None = None) -> tuple[PreTrainedModel, Problem, Stats, Calibration]:
+    model = toy(name)
+    calibration = calibrated(model)
+    _, stats = make_plan(model, "toy", calibration, SETTINGS, with_moments=True)
+    problem = make_problem(model, model_groups(model), stats.scores, SETTINGS, stats.influence)
+    judge_ = judge(model, problem, calibration, SETTINGS, stats, journal=journal)
+    return model, replace(problem, judge=judge_), stats, calibration
+
+
+def divergence(dense: PreTrainedModel, cut: PreTrainedModel, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        expected, found = (log_softmax(model(ids, use_cache=False).logits, -1) for model in (dense, cut))
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def cut_model(
+    model: torch.nn.Module, problem: Problem, cut: Cut, stats: Stats, calibration: Calibration
+) -> torch.nn.Module:
+    plan, _ = make_plan(model, "toy", calibration, SETTINGS)
+    # the judge fits with one ridge, which is what a refit does that sees no held-out tokens
+    moments = {name: replace(stats.moments[name], held_out_gram=None, held_out_mean=None) for name in stats.moments}
+    smaller = copy.deepcopy(model)
+    apply_plan(smaller, replace(plan, keep=keep_list(problem, cut)), moments)
+    return smaller
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_divergence_is_that_of_the_refitted_and_cut_model(name: str) -> None:
+    model, problem, stats, calibration = judged(name)
+    cut = cut_evenly(problem, range(len(problem.layers)), same_widths=False)
+    assert problem.judge is not None
+    ids = calibration.ids[-4:]
+    assert problem.judge.divergence(cut, slice(None)) == pytest.approx(
+        divergence(model, cut_model(model, problem, cut, stats, calibration), ids), rel=1e-4
+    )
+
+
+def test_effects_predict_what_small_steps_do() -> None:
+    _, problem, _, _ = judged("llama")
+    assert problem.judge is not None
+    cut = cut_evenly(problem, range(len(problem.layers)), same_widths=False)
+    options: dict[int, Sequence[Widths]] = {}
+    for i, (attention, channels) in cut.items():
+        counts = problem.channel_counts(problem.layers[i])
+        at = counts.index(channels)
+        options[i] = [(attention, counts[at + 1]), (attention, counts[at - 1])]
+    before = problem.judge.divergence(cut, slice(None))
+    predicted, found = [], []
+    for i, effects in problem.judge.effects(cut, options, slice(None)).items():
+        predicted += effects
+        found += [problem.judge.divergence({**cut, i: option}, slice(None)) - before for option in options[i]]
+    correlation = float(torch.corrcoef(torch.tensor([predicted, found]))[0, 1])
+    assert correlation > 0.8
+    assert sum(map(abs, predicted)) == pytest.approx(sum(map(abs, found)), rel=0.5)
+
+
+def test_an_option_that_changes_nothing_has_no_effect() -> None:
+    _, problem, _, _ = judged("llama")
+    assert problem.judge is not None
+    cut = cut_evenly(problem, range(len(problem.layers)), same_widths=False)
+    effects = problem.judge.effects(cut, {1: [cut[1]]}, slice(None))
+    assert effects == {1: [pytest.approx(0.0, abs=1e-9)]}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("heads", ["auto", "keep"])
+def test_search_is_at_least_as_near_as_its_starts_at_the_same_size(name: str, heads: str) -> None:
+    _, problem, _, _ = judged(name)
+    judge_ = problem.judge
+    assert judge_ is not None
+    problem = replace(problem, heads=heads)  # type: ignore[arg-type]
+    if heads == "keep":
+        problem = replace(problem, layers=[replace(layer, keeps_heads=True) for layer in problem.layers])
+    starts = search._starts(problem)
+    keep = search.allocate(problem, "3")
+    cut = search.cut_of(problem, keep)
+    largest = problem.align * max(map(problem.channel_cost, problem.layers))
+    assert abs(removed(problem, cut) - problem.remove) <= largest
+    nearest = min(judge_.divergence(start, judge_.accepting) for start in starts)
+    assert judge_.divergence(cut, judge_.accepting) <= nearest
+    if heads == "keep":
+        assert all(
+            attention == layer.attention_choices[0]
+            for (attention, _), layer in zip(cut.values(), problem.layers, strict=True)
+        )
+
+
+def test_search_continues_from_its_journal(tmp_path: Path) -> None:
+    _, problem, _, _ = judged("llama", Journal(tmp_path))
+    keep = search.allocate(problem, "2")
+    _, again, _, _ = judged("llama", Journal(tmp_path))
+    assert again.judge is not None
+
+    def forgotten(*_: object) -> None:
+        raise AssertionError("computed again what the journal remembers")
+
+    again.judge._forward = again.judge._dense_output = forgotten  # type: ignore[attr-defined]
+    assert search.allocate(again, "2") == keep
+
+
+def test_make_plan_searches() -> None:
+    model = toy("llama")
+    settings = replace(SETTINGS, allocation="search:1")
+    plan, _ = make_plan(model, "toy", calibrated(model), settings)
+    assert plan.allocation == "search:1"
+    assert plan.ratio_reached == pytest.approx(SETTINGS.ratio, abs=0.01)
+
+
+def test_too_few_sequences_are_refused() -> None:
+    model = toy("llama")
+    with pytest.raises(EdgepruneError, match="--calibration-sequences to 16"):
+        make_plan(model, "toy", calibrated(model, 8), replace(SETTINGS, allocation="search"))
+
+
+@pytest.mark.parametrize("argument", ["0", "x", "0min", "-1", "1.5", "min"])
+def test_a_budget_that_is_none_is_refused(argument: str) -> None:
+    with pytest.raises(EdgepruneError, match="expected a number of rounds"):
+        search.check(argument, "auto")
+
+
+def test_minutes_are_a_budget() -> None:
+    search.check("10min", "auto")
+    assert search._budget("2min") == (1000, 120.0)
