@@ -190,22 +190,37 @@ Price = Callable[[Layer, Widths, Widths], float]
 """What a step of a layer costs, from widths to narrower ones of its attention or of its channels."""
 
 
+@dataclass(frozen=True)
+class Effect:
+    """What one step would change the divergence by: both terms of its Taylor series, nats per token."""
+
+    first: float
+    second: float
+
+    @property
+    def total(self) -> float:
+        """The prediction."""
+        return self.first + self.second
+
+
 class Judge(Protocol):
     """Judges whole cuts on calibration sequences (`candidates.Candidates`).
 
     Attributes:
         proposing: the part of the sequences to ask for effects on.
         accepting: the part on which candidates are compared.
+        stage: what the next question is for, in words; a search says it for whoever watches.
     """
 
     proposing: slice
     accepting: slice
+    stage: str
 
     def divergence(self, cut: Cut, part: slice) -> float:
         """KL(dense || cut model), mean over the tokens of a part, nats."""
         ...
 
-    def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice) -> Mapping[int, Sequence[float]]:
+    def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice) -> Mapping[int, Sequence[Effect]]:
         """For each layer what each of its options would change that divergence by."""
         ...
 

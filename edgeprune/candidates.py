@@ -14,20 +14,22 @@ the Fisher information, which stands for the Hessian:
 
     effect = mean_t <g_t, d_t> + 1/2 mean_t <s_t, d_t>^2
 
-Every width is refitted by least squares before it is judged, as it will be when it is chosen.
+If the cut will be refitted, so is every width before it is judged: by least squares at one ridge, on the calibration
+tokens that do not judge. What was fitted for the
+candidate whose effects were asked for, for its options and for the candidates after it stays in memory until the next
+such question.
 """
 
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from edgeprune.budget import Cut, Layer, Widths
+from edgeprune.budget import Cut, Effect, Layer, Widths
 from edgeprune.groups import Group
 from edgeprune.journal import Entry, Journal
 from edgeprune.refit import refit, unit_columns
@@ -36,12 +38,37 @@ from edgeprune.statistics import HELD_OUT_EVERY, LOGIT_BYTES, LOGIT_COPIES, Mome
 from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
 
-Effects = Mapping[int, Sequence[float]]
-"""Layer -> the effect of each of its options, nats per token."""
+Effects = Mapping[int, Sequence[Effect]]
+"""Layer -> the effect of each of its options."""
+
+STEP = "search"
+"""In the journal: search-1, search-2 and so on are the answers to the questions of one search."""
+
+LEAST_SEQUENCES = 2 * HELD_OUT_EVERY
+"""Two of them are kept aside: one to ask for effects on, one to compare candidates on."""
+
+
+def check_sequences(sequences: int) -> None:
+    """Check that so many calibration sequences are enough to judge on.
+
+    Raises:
+        EdgepruneError: if they are not.
+    """
+    if sequences < LEAST_SEQUENCES:
+        raise EdgepruneError(
+            f"a search judges candidates on one of {HELD_OUT_EVERY} calibration sequences, kept aside, and {sequences} "
+            f"leave too few; raise --calibration-sequences to {LEAST_SEQUENCES} or more, or use --allocation protect"
+        )
 
 
 class Candidates:
-    """Judges cuts of one model on the same tokens. What it has found stays in the journal, question by question."""
+    """Judges cuts of one model on the same tokens. What it has found stays in the journal, question by question.
+
+    Attributes:
+        proposing: the half of the sequences to ask for effects on.
+        accepting: the half on which candidates are compared.
+        stage: what the next question is for, in words, to whoever watches the progress.
+    """
 
     def __init__(
         self,
@@ -68,16 +95,9 @@ class Candidates:
             dtype: of the matrix products.
             step_tokens: tokens that go through a block at once.
             journal: remembers every answer.
-            progress: told of every block.
-
-        Raises:
-            EdgepruneError: if there are not two sequences.
+            progress: told of every block that has run, of as many as the question takes.
         """
-        if len(ids) < 2:
-            raise EdgepruneError(
-                f"a search judges on {len(ids)} calibration sequences kept aside; expected at least 2: "
-                f"raise --calibration-sequences to {2 * HELD_OUT_EVERY} or more"
-            )
+        assert len(ids) > 1, "candidates are compared on sequences that proposed none"
         self._decoder = decoder
         self._layers = layers
         self._moments = moments
@@ -89,11 +109,13 @@ class Candidates:
         self.proposing = slice(0, len(ids) // 2)
         self.accepting = slice(len(ids) // 2, len(ids))
         self._journal = journal
+        self.stage = ""
         self._progress = progress
         self._questions = 0
+        self._blocks_run, self._blocks_to_run = 0, 0
         self._calls = decoder.embed(ids[:1])[1]
         self._fitted: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._dense: dict[int, torch.Tensor] = {}
+        self._dense: dict[tuple[int, int], torch.Tensor] = {}
 
     def divergence(self, cut: Cut, part: slice = slice(None)) -> float:
         """KL(dense || candidate), mean over the tokens of some of the sequences, nats."""
@@ -106,40 +128,48 @@ class Candidates:
                     total += self._tail(rows, hidden)[0]
             return Entry(facts=total / self._ids[part].numel())
 
-        return float(self._answer(judge).facts)
+        return float(self._answer(judge, part, self._decoder.layers).facts)
 
     def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice = slice(None)) -> Effects:
         """What each option of each layer would change the divergence by, on some of the sequences."""
 
         def judge() -> Entry:
-            found = {layer: [0.0] * len(of_layer) for layer, of_layer in options.items()}
+            self._forget_fitted(cut, options)
+            found = {layer: [[0.0, 0.0] for _ in of_layer] for layer, of_layer in options.items()}
             for rows in self._pieces(part):
                 with self._blocks(cut) as blocks:
                     with torch.no_grad():
                         inputs = self._forward(rows, blocks)
                     _, divergence, drawn = self._tail(rows, inputs.pop(), with_gradients=True)
                     for layer in reversed(range(len(blocks))):
-                        self._progress("search", len(blocks) - layer, len(blocks))
                         x = inputs.pop().requires_grad_()
                         with torch.enable_grad():
                             y = self._run(layer, blocks[layer], x)
                         for index, option in enumerate(options.get(layer, ())):
                             with torch.no_grad(), self._block(layer, option) as block:
                                 change = self._run(layer, block, x) - y
-                            first = (divergence * change).sum()
-                            second = (drawn * change).sum(-1).square().sum() / 2
-                            found[layer][index] += float(first + second) / self._ids[part].numel()
+                            tokens = self._ids[part].numel()
+                            found[layer][index][0] += float((divergence * change).sum()) / tokens
+                            found[layer][index][1] += float((drawn * change).sum(-1).square().sum()) / 2 / tokens
                         (before,) = torch.autograd.grad(y, x, divergence, retain_graph=True)
                         (drawn,) = torch.autograd.grad(y, x, drawn)
                         divergence = before
             return Entry(facts=[[layer, effects] for layer, effects in found.items()])
 
-        return {int(layer): [float(effect) for effect in effects] for layer, effects in self._answer(judge).facts}
+        runs = 2 * self._decoder.layers + sum(map(len, options.values()))
+        answer = self._answer(judge, part, runs)
+        return {int(layer): [Effect(*terms) for terms in effects] for layer, effects in answer.facts}
 
-    def _answer(self, judge: Callable[[], Entry]) -> Entry:
-        """The answer to the next question; the same search asks the same questions in the same order."""
+    def _answer(self, judge: Callable[[], Entry], part: slice, runs: int) -> Entry:
+        """The answer to the next question; the same search asks the same questions in the same order.
+
+        It runs so many blocks for each piece of the sequences, and the dense ones where that was not done before.
+        """
         self._questions += 1
-        return self._journal.remember(f"search-{self._questions}", judge)
+        pieces = list(self._pieces(part))
+        unseen = sum((rows.start, rows.stop) not in self._dense for rows in pieces)
+        self._blocks_run, self._blocks_to_run = 0, len(pieces) * runs + unseen * self._decoder.layers
+        return self._journal.remember(f"{STEP}-{self._questions}", judge)
 
     def _pieces(self, part: slice) -> Iterator[slice]:
         first, last, _ = part.indices(len(self._ids))
@@ -150,19 +180,18 @@ class Candidates:
         """The input of each block, and the output of the last, each `(N, T, D)` float32."""
         states = [self._decoder.embed(self._ids[rows])[0]]
         for layer, block in enumerate(blocks):
-            self._progress("search", layer, len(blocks))
             states.append(self._run(layer, block, states[-1]))
         return states
 
     def _dense_output(self, rows: slice) -> torch.Tensor:
         """What the dense model's last block puts out; kept, as every question needs it."""
-        if rows.start not in self._dense:
+        if (rows.start, rows.stop) not in self._dense:
             hidden = self._decoder.embed(self._ids[rows])[0]
             for layer in range(self._decoder.layers):
                 with torch.no_grad(), self._decoder.block(layer, self._weights_dtype) as block:
                     hidden = self._run(layer, block, hidden)
-            self._dense[rows.start] = hidden
-        return self._dense[rows.start]
+            self._dense[rows.start, rows.stop] = hidden
+        return self._dense[rows.start, rows.stop]
 
     def _tail(
         self, rows: slice, hidden: torch.Tensor, *, with_gradients: bool = False
@@ -232,12 +261,25 @@ class Candidates:
         assert isinstance(linear, nn.Linear), f"a slot names {group.inner.module}, which is no Linear"
         columns = unit_columns(group.inner, units)
         if (group.name, units) not in self._fitted:
-            # one ridge for all: choosing it for every width would take longer than judging does
-            moments = replace(self._moments[group.inner.module], held_out_gram=None, held_out_mean=None)
+            # the tokens that judge must not have been fitted on; and one ridge serves all, as choosing it for every
+            # width would take longer than judging does
+            moments = self._moments[group.inner.module].fitting()
             self._fitted[group.name, units] = refit(linear.weight, moments, columns).weight.to(self._dtype)
         linear.weight[:, columns] = self._fitted[group.name, units].float()
 
+    def _forget_fitted(self, cut: Cut, options: Mapping[int, Sequence[Widths]]) -> None:
+        """Drop what was fitted for other widths than those of a candidate and of its options."""
+        read = {
+            choice
+            for layer, widths in cut.items()
+            for each in (widths, *options.get(layer, ()))
+            for choice in self._layers[layer].keep(*each).items()
+        }
+        self._fitted = {choice: weight for choice, weight in self._fitted.items() if choice in read}
+
     def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        self._progress(f"search, {self.stage}" if self.stage else "search", self._blocks_run, self._blocks_to_run)
+        self._blocks_run += 1
         with self._precision():
             return self._decoder.run(layer, block, hidden, self._calls).float()
 

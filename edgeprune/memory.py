@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgeprune.groups import Group
-from edgeprune.statistics import BATCH_TOKENS, LOGIT_BYTES, LOGIT_COPIES, WEIGHT_NEEDS, Method
+from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, LOGIT_BYTES, LOGIT_COPIES, WEIGHT_NEEDS, Method
 from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.limits import memory_limit_bytes
@@ -42,7 +42,11 @@ GRADIENT_STEP = 3
 """Activations that autograd keeps, as a multiple of those that a forward step holds."""
 
 CANDIDATES = 4
-"""A search holds a cut model, and refitted o_proj and down_proj of the widths it has tried: about so many models."""
+"""A search holds a whole cut model, and of each o_proj and down_proj what was refitted for a candidate, its options and
+the candidates after it: up to nine of the one and seven of the other, together less than three models."""
+
+BLOCK_COPIES = 2
+"""While a candidate's block is made: the dense one in float32, and its copy that is refitted and cut."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ class Sizes:
         return FLOAT32_BYTES * self.sequences * self.length_tokens * self.hidden_size
 
     @property
+    def judged_bytes(self) -> int:
+        """Hidden states of the tokens that a search judges on, float32."""
+        return self.hidden_bytes // HELD_OUT_EVERY
+
+    @property
     def logit_bytes(self) -> int:
         """Logits of as many tokens of a sequence as are looked at together, and what the loss makes of them."""
         return min(LOGIT_BYTES, LOGIT_COPIES * FLOAT32_BYTES * self.length_tokens * self.vocabulary)
@@ -157,7 +166,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     """Bytes that each phase of a run holds at once."""
     always = LIBRARIES_BYTES + sizes.outside_bytes
     if work.journal_in_memory:
-        always += 2 * sizes.hidden_bytes
+        always += 2 * sizes.hidden_bytes + _moments_bytes(sizes, work) + _inputs_bytes(sizes, work)
     casts = work.dtype != torch.bfloat16
     weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)
     reads_inputs = work.refits or work.searches or "inputs" in work.method.needs
@@ -182,25 +191,43 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         found["the loss"] = always + head + sizes.logit_bytes
     if work.searches:
         models = CANDIDATES * work.dtype.itemsize * sizes.block_parameters * sizes.layers
-        states = FLOAT32_BYTES * step_tokens * sizes.hidden_size * (sizes.layers + 1)
-        found["the search over widths"] = always + models + states + grams + sizes.logit_bytes + GRADIENT_STEP * step
+        block = BLOCK_COPIES * FLOAT32_BYTES * sizes.block_parameters
+        states = FLOAT32_BYTES * step_tokens * sizes.hidden_size * (sizes.layers + 1) + sizes.judged_bytes
+        # options are refitted while the candidate's block waits with all that its gradient needs
+        option = GRADIENT_STEP * step + grams + REFIT_MATRICES * matrix
+        found["the search over widths"] = always + models + block + states + max(option, sizes.logit_bytes)
     return found
 
 
 def scratch_bytes(sizes: Sizes, work: Work) -> int:
     """Bytes that the journal takes on disk at its worst."""
-    moments = sizes.layers * sizes.gram_bytes if work.refits or work.searches else 0
-    inputs = work.dtype.itemsize * work.graded * sizes.length_tokens * sizes.hidden_size * sizes.layers
-    return max(moments, sizes.blocks_bytes) + sizes.block_bytes + 3 * sizes.hidden_bytes + inputs
+    kept = max(_moments_bytes(sizes, work), sizes.blocks_bytes)
+    return kept + sizes.block_bytes + 3 * sizes.hidden_bytes + _inputs_bytes(sizes, work)
+
+
+def _moments_bytes(sizes: Sizes, work: Work) -> int:
+    """The moments of all blocks, where something reads them after the statistics."""
+    is_read = work.refits or work.searches or (work.graded and "inputs" in work.method.needs)
+    return sizes.layers * sizes.gram_bytes if is_read else 0
+
+
+def _inputs_bytes(sizes: Sizes, work: Work) -> int:
+    """The inputs of all blocks that the gradients go back through."""
+    return work.dtype.itemsize * work.graded * sizes.length_tokens * sizes.hidden_size * sizes.layers
 
 
 def fit(sizes: Sizes, work: Work, limit_bytes: int | None) -> Footprint:
     """How to stay within a limit; without one, within half of what this machine gives where that is possible.
 
     Raises:
-        EdgepruneError: if one block's work does not fit into the limit.
+        EdgepruneError: if one block's work does not fit into the limit; or a search, which holds whole models, into
+            this machine.
     """
     budget = limit_bytes or default_budget()
+    limited_by = f"--max-memory {format_bytes(limit_bytes)}" if limit_bytes else ""
+    if work.searches and limit_bytes is None:
+        limit_bytes = machine_bytes()
+        limited_by = f"this machine's {format_bytes(limit_bytes)} of memory"
     step_tokens = max(1, min(BATCH_TOKENS // sizes.length_tokens, sizes.sequences)) * sizes.length_tokens
     phase, peak = _largest(phases(sizes, work, step_tokens))
     while limit_bytes is not None and peak > limit_bytes and step_tokens > sizes.length_tokens:
@@ -208,8 +235,8 @@ def fit(sizes: Sizes, work: Work, limit_bytes: int | None) -> Footprint:
         phase, peak = _largest(phases(sizes, work, step_tokens))
     if limit_bytes is not None and peak > limit_bytes:
         raise EdgepruneError(
-            f"--max-memory {format_bytes(limit_bytes)} does not do: {phase} takes about {format_bytes(peak)}; give "
-            f"that much, or {_advice(sizes, work, limit_bytes)}"
+            f"{limited_by} does not do: {phase} takes about {format_bytes(peak)}; give that much, or "
+            f"{_advice(sizes, work, limit_bytes)}"
         )
     everything = peak + sizes.blocks_bytes
     keeps_blocks = everything <= budget
@@ -226,9 +253,14 @@ def _largest(of_phases: Mapping[str, int]) -> tuple[str, int]:
 
 
 def default_budget() -> int:
-    """Half of the memory that this machine, or the control group we are in, has."""
+    """Half of the memory that this machine has."""
+    return machine_bytes() // 2
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or of the control group we are in."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
-    return min(physical, memory_limit_bytes() or physical) // 2
+    return min(physical, memory_limit_bytes() or physical)
 
 
 def _advice(sizes: Sizes, work: Work, budget: int) -> str:

@@ -44,7 +44,7 @@ PRESETS: Mapping[str, Preset] = {
         allocation="protect",
         calibration_sequences=64,
         calibration_tokens=512,
-        gradient_sequences=64,
+        gradient_sequences=32,
     ),
     "best": Preset(
         "gradients score the units, a search finds the widths",
@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Preset] = {
         allocation="search",
         calibration_sequences=128,
         calibration_tokens=512,
-        gradient_sequences=128,
+        gradient_sequences=112,  # all but those that the search judges on
     ),
 }
 DEFAULT_PRESET = "balanced"

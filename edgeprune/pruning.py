@@ -3,6 +3,7 @@
 The order of the papers: group, estimate, allocate (`make_plan`), then refit and cut (`apply_plan`). Both walk the model
 block by block and leave what they finish in a journal: the steps of `statistics`, then
 
+    search-N         the answer to the Nth question of a search over widths
     plan             the plan
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
 """
@@ -21,7 +22,8 @@ from transformers import PreTrainedModel
 from edgeprune import plugins
 from edgeprune.budget import Heads, Judge, Layer, Problem
 from edgeprune.calibration import Calibration
-from edgeprune.candidates import Candidates
+from edgeprune.candidates import STEP as SEARCH_STEP
+from edgeprune.candidates import Candidates, check_sequences
 from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Kind, check_keep, kept, layer_widths
 from edgeprune.journal import Entry, Journal
@@ -115,6 +117,15 @@ class Settings:
         """
         check_intercepts(model_type, self.refit, self.cut_kinds)
 
+    def check_sequences(self, sequences: int) -> None:
+        """Check that the allocation can do with so many calibration sequences.
+
+        Raises:
+            EdgepruneError: if it cannot.
+        """
+        if self.reads_moments:
+            check_sequences(sequences)
+
     @property
     def cut_kinds(self) -> frozenset[Kind]:
         """Kinds of groups that may be narrowed."""
@@ -170,14 +181,16 @@ def make_plan(
             reads the same gets it in any case.
         step_tokens: tokens that go through a block at once.
         journal: remembers every finished step; in memory by default.
-        ranks: the processes that share the sequences; all of them get the same plan.
+        ranks: the processes that share the sequences. The first one makes the plan, for which the others wait.
         progress: told of every block.
 
     Raises:
         EdgepruneError: if the settings are wrong or the ratio cannot be reached.
     """
     settings.check()
+    settings.check_sequences(len(calibration.ids))
     decoder, journal = Decoder.of(model), Journal() if journal is None else journal
+    ranks = Ranks() if ranks is None else ranks
     settings.check_for(decoder.config.model_type)
     if with_moments is None:
         with_moments = settings.refit != "none"
@@ -211,7 +224,9 @@ def make_plan(
     def decide() -> Entry:
         return Entry(facts=_decide(decoder, name, calibration, settings, stats, dtype, judge_of).to_json())
 
-    return PrunePlan.from_json(journal.remember("plan", decide).facts), stats
+    # the moments, which a search reads, lie with the first process
+    found = ranks.share(lambda: journal.remember("plan", decide).facts)
+    return PrunePlan.from_json(found), stats
 
 
 def _decide(
@@ -317,6 +332,7 @@ def judge(
     Raises:
         EdgepruneError: if too few sequences are kept aside.
     """
+    check_sequences(len(calibration.ids))
     return Candidates(
         Decoder.of(model),
         problem.layers,
@@ -422,14 +438,25 @@ def apply_plan(
 
 def progress_so_far(journal: Journal, layers: int) -> str | None:
     """Where a run continues, in words; None if it begins."""
-    for step, what in (("cut", "refit and cut"), ("gradients", "gradients"), ("statistics", "statistics")):
-        done = [layer for layer in range(layers) if f"{step}-{layer}" in journal]
-        if not done:
-            continue
-        following = done[0] - 1 if step == "gradients" else done[-1] + 1  # gradients go backward
-        if following in range(layers):
-            return f"continues from block {following + 1} of {layers} ({what})"
-        return f"continues after the last block ({what})"
+
+    def done(step: str) -> list[int]:
+        return [layer for layer in range(layers) if f"{step}-{layer}" in journal]
+
+    def after(following: int, what: str) -> str:
+        where = f"from block {following + 1} of {layers}" if following in range(layers) else "after the last block"
+        return f"continues {where} ({what})"
+
+    if cut := done("cut"):
+        return after(cut[-1] + 1, "refit and cut")
+    if "plan" in journal:
+        return "continues after the plan"
+    judged = itertools.takewhile(lambda number: f"{SEARCH_STEP}-{number}" in journal, itertools.count(1))
+    if answers := len(list(judged)):
+        return f"continues after {answers} judged candidates (search over widths)"
+    if graded := done("gradients"):
+        return after(graded[0] - 1, "gradients")  # they go backward
+    if seen := done("statistics"):
+        return after(seen[-1] + 1, "statistics")
     return None
 
 

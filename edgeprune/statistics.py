@@ -79,11 +79,15 @@ class Moments:
     held_out_share: float = 0.0
     held_out_mean: torch.Tensor | None = None
 
-    def fitting_gram(self) -> torch.Tensor:
-        """`(K, K)`: X^T X / tokens of the tokens that are not kept aside."""
-        if self.held_out_gram is None:
-            return self.gram
-        return (self.gram - self.held_out_share * self.held_out_gram) / (1 - self.held_out_share)
+    def fitting(self) -> "Moments":
+        """Moments of the tokens that are not kept aside."""
+        if self.held_out_gram is None or self.held_out_mean is None:
+            return self
+        share = self.held_out_share
+        return Moments(
+            gram=(self.gram - share * self.held_out_gram) / (1 - share),
+            mean=(self.mean - share * self.held_out_mean) / (1 - share),
+        )
 
     def packed(self) -> Entry:
         """The same as an entry of the journal; two symmetric matrices share one square, one in each triangle."""

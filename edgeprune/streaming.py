@@ -21,6 +21,8 @@ float32 is asked for, as gradients do; products in bfloat16 are the business of 
 """
 
 import copy
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -234,6 +236,7 @@ class Decoder:
         return logits
 
     def _read(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        _return_freed_memory()  # all of the block before is let go of by now, also by the code that used it
         prefix = self.prefix(layer)
         names = self.blocks[layer].state_dict()
         return {name: self._read_tensor(prefix + name).to(dtype) for name in names}
@@ -279,6 +282,16 @@ def check_finite(model_name: str, name: str, tensor: torch.Tensor) -> None:
         return
     if count := int((~tensor.detach().isfinite()).sum()):
         raise EdgepruneError(f"{model_name}: {name} holds {count} NaN or infinite values; expected finite weights")
+
+
+def _return_freed_memory() -> None:
+    """Let the C library give freed memory back to the system, where it is glibc.
+
+    It keeps freed tensors of up to 32 MiB for later ones. As widths differ from block to block, holes remain that no
+    later tensor fits into, and a process that holds no more than one block grows with their number.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def _is_on_meta(block: nn.Module) -> bool:

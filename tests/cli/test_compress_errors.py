@@ -77,6 +77,7 @@ SMALL = (
         (("--rounds", "0"), "--rounds is 0; at least 1 was expected"),
         (("--eval-windows", "0"), "--eval-windows is 0"),
         (("--calibration-sequences", "0"), "--calibration-sequences is 0"),
+        (("--allocation", "search"), "raise --calibration-sequences to 16 or more"),
         (("--min-decode-speedup", "nan"), "--min-decode-speedup is nan; a factor above 0"),
         (("--min-decode-speedup", "1.1"), "--min-decode-speedup needs at least 3"),
         (("--min-decode-speedup", "1.1", "--rounds", "3", "--generate-tokens", "1"), "needs at least 2"),

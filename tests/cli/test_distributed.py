@@ -19,6 +19,7 @@ from commandline import Outcome, invoke
 from safetensors.torch import load_file
 
 from edgeprune.plan import PrunePlan
+from edgeprune_runtime.errors import EdgepruneError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 SMALL = (
@@ -79,6 +80,46 @@ def test_two_processes_make_the_plan_of_one(method: str, model_folder: Path, tex
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_first_process_searches_for_all(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    searching = ("--allocation", "search:1", "--method", "wanda-sp", "--calibration-sequences", 16)
+
+    def compress(output: Path) -> Outcome:
+        return invoke("compress", model_folder, "-c", text_file, "-o", output, *SMALL, *searching)
+
+    def searched(rank: int) -> Outcome:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr("edgeprune.pruning.judge", lambda *_, **__: pytest.fail("judged on the second process"))
+            return compress(tmp_path / "shared")
+
+    assert compress(tmp_path / "alone").code == 0
+    first, second = on_ranks(2, searched)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert (second.out, second.err) == ("", "")
+    one, two = (PrunePlan.load(tmp_path / name) for name in ("alone", "shared"))
+    assert one.keep == two.keep
+
+
+def test_error_of_a_search_ends_all_processes_with_one_line(
+    model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise EdgepruneError("no candidate can be judged")
+
+    def compress(rank: int) -> Outcome:
+        searching = ("--allocation", "search:1", "--method", "wanda-sp", "--calibration-sequences", 16, "-q")
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr("edgeprune.pruning.judge", broken)
+            return invoke("compress", model_folder, "-c", text_file, "-o", tmp_path / "out", *SMALL, *searching)
+
+    first, second = on_ranks(2, compress)
+    assert (first.code, second.code) == (2, 2)
+    assert first.err == "edgeprune: no candidate can be judged\n"
+    assert (second.out, second.err) == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_processes_than_sequences(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -77,6 +77,20 @@ def test_killed_run_continues_to_the_same_bytes(
     assert step == "calibration" or "continues" in outcome.err
 
 
+@pytest.mark.parametrize("step", ["search-1", "search-4", "search-5"])
+def test_search_that_was_killed_continues_to_the_same_bytes(
+    model_folder: Path, text_file: Path, tmp_path: Path, step: str
+) -> None:
+    searching = ("--checkpoint-only", "--allocation", "search:2", "--method", "wanda-sp")
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    assert compress(model_folder, text_file, undisturbed, *searching).code == 0
+    killed(output, f"{step}.safetensors", lambda: compress(model_folder, text_file, output, *searching))
+    outcome = compress(model_folder, text_file, output, *searching)
+    assert outcome.code == 0, outcome.err
+    assert contents(output) == contents(undisturbed)
+    assert "judged candidates (search over widths)" in outcome.err
+
+
 def test_run_killed_again_and_again_gets_there(
     undisturbed: dict[str, bytes], model_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,24 @@ def test_a_search_holds_whole_models_and_is_refused_where_they_do_not_fit() -> N
         fit(SEVEN, searching, 6 * GB)
 
 
+def test_a_search_that_no_machine_of_this_size_holds_is_refused_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("edgeprune.memory.machine_bytes", lambda: 16 * GB)
+    with pytest.raises(EdgepruneError, match=r"this machine's .* the search over widths .* use --allocation protect"):
+        fit(SEVEN, replace(work(), searches=True), None)
+    assert not fit(SEVEN, work(), None).keeps_blocks
+
+
+def test_a_dry_run_holds_in_memory_what_others_leave_on_disk() -> None:
+    searching = replace(work("fisher"), searches=True)
+    on_disk, in_memory = (
+        phases(SEVEN, replace(searching, journal_in_memory=where), 4096)["the statistics of a block"]
+        for where in (False, True)
+    )
+    assert in_memory - on_disk > SEVEN.layers * SEVEN.gram_bytes
+
+
 def test_steps_become_smaller_to_fit() -> None:
     wide = fitted(100 * GB, "taylor-fine", refits=False)
     narrow = fitted(

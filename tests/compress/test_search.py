@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from edgeprune.allocation import search
 from edgeprune.budget import Cut, Problem, Widths, cut_evenly, keep_list, removed
 from edgeprune.calibration import Calibration
+from edgeprune.candidates import Candidates, Effects
 from edgeprune.journal import Journal
 from edgeprune.pruning import Settings, apply_plan, judge, make_plan, make_problem, model_groups
 from edgeprune.statistics import Stats
@@ -47,8 +49,8 @@ def cut_model(
     model: torch.nn.Module, problem: Problem, cut: Cut, stats: Stats, calibration: Calibration
 ) -> torch.nn.Module:
     plan, _ = make_plan(model, "toy", calibration, SETTINGS)
-    # the judge fits with one ridge, which is what a refit does that sees no held-out tokens
-    moments = {name: replace(stats.moments[name], held_out_gram=None, held_out_mean=None) for name in stats.moments}
+    # the judge fits with one ridge and not on the tokens that judge, as a refit does that is given no others
+    moments = {name: stats.moments[name].fitting() for name in stats.moments}
     smaller = copy.deepcopy(model)
     apply_plan(smaller, replace(plan, keep=keep_list(problem, cut)), moments)
     return smaller
@@ -77,7 +79,7 @@ def test_effects_predict_what_small_steps_do() -> None:
     before = problem.judge.divergence(cut, slice(None))
     predicted, found = [], []
     for i, effects in problem.judge.effects(cut, options, slice(None)).items():
-        predicted += effects
+        predicted += [effect.total for effect in effects]
         found += [problem.judge.divergence({**cut, i: option}, slice(None)) - before for option in options[i]]
     correlation = float(torch.corrcoef(torch.tensor([predicted, found]))[0, 1])
     assert correlation > 0.8
@@ -89,7 +91,7 @@ def test_an_option_that_changes_nothing_has_no_effect() -> None:
     assert problem.judge is not None
     cut = cut_evenly(problem, range(len(problem.layers)), same_widths=False)
     effects = problem.judge.effects(cut, {1: [cut[1]]}, slice(None))
-    assert effects == {1: [pytest.approx(0.0, abs=1e-9)]}
+    assert [abs(effect.total) < 1e-9 for effect in effects[1]] == [True]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
@@ -136,10 +138,51 @@ def test_make_plan_searches() -> None:
     assert plan.ratio_reached == pytest.approx(SETTINGS.ratio, abs=0.01)
 
 
-def test_too_few_sequences_are_refused() -> None:
-    model = toy("llama")
+def test_too_few_sequences_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.pruning.gather", lambda *_, **__: pytest.fail("statistics were gathered"))
     with pytest.raises(EdgepruneError, match="--calibration-sequences to 16"):
-        make_plan(model, "toy", calibrated(model, 8), replace(SETTINGS, allocation="search"))
+        make_plan(toy("llama"), "toy", calibrated(toy("llama"), 15), replace(SETTINGS, allocation="search"))
+    Settings(0.2, allocation="protect").check_sequences(1)
+
+
+def test_progress_names_the_round_and_goes_forward() -> None:
+    model = toy("llama")
+    said: list[tuple[str, int, int]] = []
+    make_plan(
+        model,
+        "toy",
+        calibrated(model),
+        replace(SETTINGS, allocation="search:2"),
+        progress=lambda stage, done, total: said.append((stage, done, total)),
+    )
+    of_search = [each for each in said if each[0].startswith("search")]
+    stages = list(dict.fromkeys(stage for stage, _, _ in of_search))
+    assert stages[0] == "search, start 1 of 3"
+    assert "search, round 1 of 2, steps" in stages
+    assert "search, round 1 of 2, candidate 1" in stages
+    for stage in stages:
+        counts = [(done, total) for each, done, total in of_search if each == stage]
+        total = counts[0][1]
+        assert counts == [(done, total) for done in range(total)]
+
+
+def test_fitted_pieces_of_other_candidates_are_dropped() -> None:
+    _, problem, _, _ = judged("llama")
+    judge_ = problem.judge
+    assert isinstance(judge_, Candidates)
+    held = []
+    effects = judge_.effects
+
+    def counted(*arguments: Any) -> Effects:
+        found = effects(*arguments)
+        held.append(len(judge_._fitted))
+        return found
+
+    judge_.effects = counted  # type: ignore[method-assign]
+    search.allocate(problem, "4")
+    # of each layer: the widths as they are, 2 steps of the channels, up to 4 of the attention
+    assert len(held) > 1
+    assert max(held) <= len(problem.layers) * ((1 + 2) + (1 + 4))
 
 
 @pytest.mark.parametrize("argument", ["0", "x", "0min", "-1", "1.5", "min"])

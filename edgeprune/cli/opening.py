@@ -1,0 +1,149 @@
+"""What `compress` opens before its first step: the journal, the dense model, the calibration text."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.cli.options import Options, graded_sequences, held_out_sequences
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from edgeprune.calibration import Calibration
+    from edgeprune.distributed import Ranks
+    from edgeprune.journal import Entry, Journal
+    from edgeprune.memory import Footprint
+    from edgeprune.pruning import Settings
+    from edgeprune.sources import Source
+    from edgeprune.streaming import Decoder
+    from edgeprune_runtime.text import Text
+
+DENSE_CHECKPOINT = "dense"  # in the journal's folder: a model that was not stored as safetensors, converted
+
+
+def read_eval_text(options: Options) -> "Text | None":
+    """The user's own text for the perplexity, if he brings one."""
+    from edgeprune_runtime.text import read_text
+
+    if options.eval_text is None:
+        return None
+    return read_text(options.eval_text, rows_joined=options.eval_rows_joined)
+
+
+@contextmanager
+def open_journal_of(options: Options, source: "Source", settings: "Settings", ranks: "Ranks") -> "Iterator[Journal]":
+    """The journal of this command: beside the output, or in memory for a dry run, which writes nothing."""
+    import edgeprune_runtime
+    from edgeprune.journal import Journal, open_journal
+    from edgeprune.sources import identity
+    from edgeprune_runtime.output import remove_parts
+
+    if options.dry_run:
+        yield Journal()
+        return
+    text = Path(options.calibration) if options.calibration is not None else None
+    fingerprint = {
+        "model": identity(source),
+        "setting": [asdict(settings), options.dtype, options.max_memory],
+        "calibration text": [
+            options.calibration,
+            hashlib.sha256(text.read_bytes()).hexdigest() if text is not None and text.is_file() else None,
+            options.calibration_sequences,
+            options.calibration_tokens,
+            options.seed,
+            held_out_sequences(options),
+        ],
+        "version of edgeprune": edgeprune_runtime.__version__,
+        "number of processes": ranks.size,
+    }
+    with open_journal(options.output, fingerprint, rank=ranks.rank) as journal:
+        if ranks.is_first:
+            remove_parts(options.output)
+        yield journal
+
+
+def open_dense(source: "Source", tokenizer: "PreTrainedTokenizerBase", journal: "Journal") -> "tuple[Decoder, Path]":
+    """The dense model, and its folder of safetensors; a model of another form is converted into one first."""
+    from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.groups import layer_widths
+    from edgeprune.sources import load, stored_folder
+    from edgeprune.streaming import Decoder, model_groups
+
+    folder = stored_folder(source)
+    if folder is not None:
+        return open_decoder(folder), folder
+    if journal.folder is None:
+        return Decoder.of(load(source)), source.path
+    folder = journal.folder / DENSE_CHECKPOINT
+    if not folder.is_dir():
+        model = load(source)
+        save(model, tokenizer, None, layer_widths(model_groups(model), {}), folder)
+    return open_decoder(folder), folder
+
+
+def find_dtype(name: str, journal: "Journal", ranks: "Ranks") -> "torch.dtype":
+    """The dtype of this name; what "auto" has found once stays for all processes, and when the command continues."""
+    import torch
+
+    from edgeprune.journal import Entry
+    from edgeprune.precision import fastest_dtype
+
+    def probe() -> Entry:
+        return Entry(facts=str(fastest_dtype()).removeprefix("torch."))
+
+    if name == "auto":
+        name = ranks.share(lambda: str(journal.remember("dtype", probe).facts))
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def fit_memory(
+    options: Options, settings: "Settings", decoder: "Decoder", dtype: "torch.dtype", limit_bytes: int | None
+) -> "Footprint":
+    """How the run stays within --max-memory."""
+    from edgeprune.memory import Sizes, Work, fit
+    from edgeprune.statistics import Method
+
+    work = Work(
+        Method.parse(settings.method),
+        refits=settings.refit != "none" and not options.dry_run,
+        dtype=dtype,
+        graded=graded_sequences(options, settings),
+        journal_in_memory=options.dry_run,
+        searches=settings.reads_moments,
+    )
+    return fit(Sizes.of(decoder, options.calibration_sequences, options.calibration_tokens), work, limit_bytes)
+
+
+def calibrate(
+    options: Options,
+    decoder: "Decoder",
+    tokenizer: "PreTrainedTokenizerBase",
+    journal: "Journal",
+    ranks: "Ranks",
+    advance: Callable[[int, int], None],
+) -> "tuple[Calibration, Calibration]":
+    """The calibration text, and what of it is held out for the perplexity (all of it, if the user brings a text)."""
+    from edgeprune import calibration as calibrating
+
+    def gather() -> "Entry":
+        return calibrating.gather(
+            options.calibration,
+            tokenizer,
+            decoder,
+            sequences=options.calibration_sequences + held_out_sequences(options),
+            length_tokens=options.calibration_tokens,
+            seed=options.seed,
+            progress=advance,
+        ).entry()
+
+    gathered = ranks.share(lambda: calibrating.Calibration.from_entry(journal.remember("calibration", gather)))
+    return (
+        calibrating.split(gathered, held_out_sequences(options))
+        if held_out_sequences(options)
+        else (gathered, gathered)
+    )

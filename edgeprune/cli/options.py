@@ -1,0 +1,102 @@
+"""What the user asked of `compress`. Imports little, as `--help` does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from edgeprune.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from edgeprune.budget import Heads
+    from edgeprune.pruning import Settings
+    from edgeprune.refit import Mode
+
+CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
+OUTPUT_KIND = "an output of compress"
+DEFAULT_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of `compress`; the names are those of the command's options."""
+
+    model: str
+    ratio: float
+    output: Path
+    preset: str
+    method: str
+    allocation: str
+    refit: str
+    heads: str
+    align: int
+    min_channels: int
+    calibration: str | None
+    calibration_sequences: int
+    calibration_tokens: int
+    gradient_sequences: int
+    seed: int
+    dtype: str
+    graph_source: str
+    eval_text: Path | None
+    eval_rows_joined: bool
+    eval_window: int | None
+    eval_windows: int
+    rounds: int
+    prompt_tokens: int
+    generate_tokens: int
+    threads: int | None
+    memory: str | None
+    max_perplexity_ratio: float | None
+    min_decode_speedup: float | None
+    keep_dense: bool
+    max_memory: str | None
+    checkpoint_only: bool
+    dry_run: bool
+    force: bool
+    trust_remote_code: bool
+    as_json: bool
+    quiet: bool
+
+
+def chosen_preset(preset: str, given: Mapping[str, str | int | None]) -> Preset:
+    """The preset of this name, with what the user gave himself.
+
+    Raises:
+        EdgepruneError: if there is no such preset.
+    """
+    from edgeprune_runtime.errors import EdgepruneError
+
+    if preset not in PRESETS:
+        raise EdgepruneError(f"unknown --preset {preset!r}; expected {', '.join(PRESETS)}")
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(PRESETS[preset], **changes)
+
+
+def settings_of(options: Options) -> "Settings":
+    """How to prune; not checked yet."""
+    from edgeprune.pruning import Settings
+
+    return Settings(
+        ratio=options.ratio,
+        method=options.method,
+        allocation=options.allocation,
+        refit=cast("Mode", options.refit),  # check() says so if it is none
+        align=options.align,
+        min_channels=options.min_channels,
+        gradient_sequences=options.gradient_sequences,
+        heads=cast("Heads", options.heads),  # check() says so if it is none
+    )
+
+
+def held_out_sequences(options: Options) -> int:
+    """Calibration sequences held out for the perplexity: none if the user brings a text."""
+    return 0 if options.eval_text is not None else options.eval_windows
+
+
+def graded_sequences(options: Options, settings: "Settings") -> int:
+    """Calibration sequences that the loss gradients see."""
+    from edgeprune.statistics import Method
+
+    reads = Method.parse(settings.method).reads_gradients
+    return min(settings.gradient_sequences, options.calibration_sequences) if reads else 0
