@@ -154,8 +154,7 @@ class Problem:
         units = layer.channels.units
         floor = min(max(self.min_channels, math.ceil((1 - self.largest_share) * units)), units)
         first = -(-floor // self.align) * self.align
-        aligned = list(range(first, units, self.align)) or ([] if first >= units else [first])
-        return [units, *reversed(aligned)]
+        return [units, *reversed(range(first, units, self.align))]
 
     def attention_choices(self, layer: Layer) -> list[AttentionChoice]:
         """Attention choices that the layer may take, the uncut one first."""

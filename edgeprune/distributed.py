@@ -68,18 +68,24 @@ class Ranks:
         assert found is not None
         return found
 
-    def meet(self, problem: EdgepruneError | None = None) -> None:
+    def meet(self, problem: EdgepruneError | None = None, *, may_continue: bool = False) -> None:
         """Wait for all ranks; say what went wrong here, or hear what went wrong elsewhere.
+
+        Args:
+            problem: what went wrong here.
+            may_continue: the same command can go on after it (a full disk, a crash), so that what is done stays.
 
         Raises:
             OtherRankError: if all is well here, but not on another rank.
         """
         said: list[Any] = [None] * self.size
         with self._others_may_die():
-            dist.all_gather_object(said, None if problem is None else (str(problem), problem.exit_code))
+            dist.all_gather_object(said, None if problem is None else (str(problem), problem.exit_code, may_continue))
         for rank, trouble in enumerate(said):
             if trouble is not None and problem is None:
-                raise OtherRankError(rank, *trouble)
+                message, exit_code, goes_on = trouble
+                # a journal keeps what is done if an error of the system is behind it
+                raise OtherRankError(rank, message, exit_code) from (ConnectionError(message) if goes_on else None)
 
     @contextmanager
     def _others_may_die(self) -> Iterator[None]:
@@ -120,9 +126,10 @@ def joined() -> Iterator[Ranks]:
         raise  # they know
     except Exception as error:
         if ranks.is_connected:
-            ranks.meet(
-                error if isinstance(error, EdgepruneError) else EdgepruneError(f"{type(error).__name__}: {error}")
-            )
+            if isinstance(error, EdgepruneError):
+                ranks.meet(error, may_continue=isinstance(error.__cause__, OSError))
+            else:
+                ranks.meet(EdgepruneError(f"{type(error).__name__}: {error}"), may_continue=True)
         raise
     finally:
         dist.destroy_process_group()

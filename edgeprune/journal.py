@@ -84,8 +84,8 @@ class Journal:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes on disk."""
-        files = self.folder.rglob("*") if self.folder else ()
+        """What its entries and rows take on disk; folders that others keep inside it are theirs."""
+        files = self.folder.glob("*") if self.folder else ()
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def remember(self, name: str, make: Callable[[], Entry]) -> Entry:

@@ -3,7 +3,7 @@
 Every attention and every MLP of the model has a curve: how much of its output energy is lost when so many of its units
 go. With the structured-OBS scores that is the error after the refit, for every count (the sum of the scores of what
 leaves over the sum of all); with another method it is the share of its scores. The curves of all layers are walked down
-together, on their lower convex hulls, which is the best solution of the knapsack up to its last step.
+together, the cheapest step first; where they are convex, that solves the knapsack up to its last step.
 
 Relative errors are comparable between layers and between heads and channels even where scores are not, but what they do
 to the model is not: the error of a block that hardly turns the hidden state is small beside that state. So they are

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeprune.allocation import influence, protect, uniform
+from edgeprune.allocation import influence, knapsack, protect, uniform
 from edgeprune.budget import (
     HEAD_PRICE,
     AttentionChoice,
@@ -117,7 +117,7 @@ def _budget(argument: str | None) -> tuple[int, float]:
 
 def _starts(problem: Problem) -> list[Cut]:
     """What the fixed rules make of the problem, as far as they reach the target."""
-    rules = [uniform.allocate(problem, "mixed"), protect.allocate(problem, None)]
+    rules = [uniform.allocate(problem, "mixed"), protect.allocate(problem, None), knapsack.allocate(problem, None)]
     if problem.influence:
         rules.append(influence.allocate(problem, None))
     cuts = [cut_of(problem, keep) for keep in rules]

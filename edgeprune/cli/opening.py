@@ -37,6 +37,9 @@ def read_eval_text(options: Options) -> "Text | None":
 @contextmanager
 def open_journal_of(options: Options, source: "Source", settings: "Settings", ranks: "Ranks") -> "Iterator[Journal]":
     """The journal of this command: beside the output, or in memory for a dry run, which writes nothing."""
+    import torch
+    import transformers
+
     import edgeprune_runtime
     from edgeprune.journal import Journal, open_journal
     from edgeprune.sources import identity
@@ -57,7 +60,7 @@ def open_journal_of(options: Options, source: "Source", settings: "Settings", ra
             options.seed,
             held_out_sequences(options),
         ],
-        "version of edgeprune": edgeprune_runtime.__version__,
+        "versions": [edgeprune_runtime.__version__, torch.__version__, transformers.__version__],
         "number of processes": ranks.size,
     }
     with open_journal(options.output, fingerprint, rank=ranks.rank) as journal:

@@ -157,7 +157,7 @@ def test_progress_names_the_round_and_goes_forward() -> None:
     )
     of_search = [each for each in said if each[0].startswith("search")]
     stages = list(dict.fromkeys(stage for stage, _, _ in of_search))
-    assert stages[0] == "search, start 1 of 3"
+    assert stages[0] == "search, start 1 of 4"
     assert "search, round 1 of 2, steps" in stages
     assert "search, round 1 of 2, candidate 1" in stages
     for stage in stages:

@@ -1,6 +1,7 @@
 """A decoder read block by block computes, scores and is cut exactly as one that is whole in memory."""
 
 import json
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def stored(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32
     model = toy(name, **changes).to(dtype)
     model.save_pretrained(folder, max_shard_size="40KB")
     return load_pruned(folder, dtype)
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
 def blocks_in_memory(decoder: Decoder) -> int:
@@ -125,6 +131,19 @@ def test_only_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pyte
     assert most <= 1
     assert blocks_in_memory(decoder) == 0
     assert count_parameters(load_pruned(tmp_path / "out")) == plan.parameters_after
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to give freed memory back")
+def test_memory_freed_between_tensors_that_stay_is_given_back_before_a_block_is_read(tmp_path: Path) -> None:
+    stored(tmp_path)
+    decoder = open_decoder(tmp_path)
+    tensors = [torch.ones(25_000) for _ in range(600)]
+    staying = tensors[::10]
+    held = anonymous_bytes()
+    del tensors
+    with decoder.block(0):
+        assert anonymous_bytes() < held - 30_000_000
+    assert len(staying) == 60
 
 
 @pytest.mark.parametrize("keeps_blocks", [False, True])
