@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edgeprune.precision import copy_in
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.text import jsonl_rows, read_text
 
@@ -198,17 +199,8 @@ def _losses(
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model itself if it has this dtype, else a copy whose parameters do.
-
-    Buffers keep theirs: rotary frequencies that were rounded to bfloat16 would put tokens in wrong places.
-    """
-    if model.dtype == dtype:
-        return model
-    replaced: dict[int, Any] = {
-        id(parameter): torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, replaced)
+    """The model itself if it has this dtype, else a copy whose parameters do."""
+    return model if model.dtype == dtype else copy_in(model, dtype)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

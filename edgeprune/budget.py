@@ -375,6 +375,16 @@ def share_argument(allocation: str, argument: str | None) -> float:
     return share
 
 
+def check_share(allocation: str, argument: str | None, heads: Heads) -> None:
+    """Check an allocation by price whose argument is the largest share that one layer may lose.
+
+    Raises:
+        EdgepruneError: if the argument is no such share, or heads shall give an even share.
+    """
+    refuse_even(allocation, heads)
+    share_argument(allocation, argument)
+
+
 def refuse_even(allocation: str, heads: Heads) -> None:
     """Refuse `--heads even` where heads and channels compete by price.
 

@@ -14,7 +14,6 @@ not overlap are drawn from the whole.
 """
 
 import codecs
-import copy
 import hashlib
 import itertools
 import json
@@ -31,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from edgeprune.journal import Entry
 from edgeprune.plan import CalibrationRecord
-from edgeprune.precision import fastest_dtype
+from edgeprune.precision import copy_in, fastest_dtype
 from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -377,7 +376,7 @@ def sample(
     pieces = -(-length_tokens // _DOCUMENT_TOKENS)
     piece_tokens = -(-length_tokens // pieces)
     rows = sequences * pieces
-    writer = _copy_for_sampling(model)
+    writer = copy_in(model, fastest_dtype()).eval()
     batch = min(_SAMPLE_ROWS, rows, max(1, _SAMPLE_CACHE_BYTES // _cache_bytes_per_row(writer, piece_tokens)))
     generator = torch.Generator().manual_seed(seed)
     done: list[torch.Tensor] = []
@@ -405,20 +404,6 @@ def _boundaries(model: PreTrainedModel) -> tuple[int, torch.Tensor]:
             "calibration 'self' needs a model with a begin- or end-of-text token; give a text file instead"
         )
     return int(begin), torch.tensor(ends, dtype=torch.int64)
-
-
-def _copy_for_sampling(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in eval mode, its weights in the fastest format; those that have it already are shared."""
-    dtype = fastest_dtype()
-    replaced: dict[int, Any] = {
-        id(parameter): parameter
-        if parameter.dtype == dtype
-        else torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    writer = copy.deepcopy(model, replaced)
-    writer.eval()
-    return writer
 
 
 def _cache_bytes_per_row(model: PreTrainedModel, length_tokens: int) -> int:

@@ -15,15 +15,13 @@ the Fisher information, which stands for the Hessian:
     effect = mean_t <g_t, d_t> + 1/2 mean_t <s_t, d_t>^2
 
 If the cut will be refitted, so is every width before it is judged: by least squares at one ridge, on the calibration
-tokens that do not judge. What was fitted for the
-candidate whose effects were asked for, for its options and for the candidates after it stays in memory until the next
-such question.
+tokens that do not judge. What was fitted for the candidate whose effects were asked for, for its options and for the
+candidates after it stays in memory until the next such question.
 """
 
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -33,9 +31,9 @@ from edgeprune.budget import Cut, Effect, Layer, Widths
 from edgeprune.groups import Group
 from edgeprune.journal import Entry, Journal
 from edgeprune.refit import refit, unit_columns
-from edgeprune.shrink import shrink_blocks
-from edgeprune.statistics import HELD_OUT_EVERY, LOGIT_BYTES, LOGIT_COPIES, Moments, Progress
-from edgeprune.streaming import Decoder
+from edgeprune.shrink import linear_of, shrink_blocks
+from edgeprune.statistics import HELD_OUT_EVERY, Moments, Progress
+from edgeprune.streaming import Decoder, Pass
 from edgeprune_runtime.errors import EdgepruneError
 
 Effects = Mapping[int, Sequence[Effect]]
@@ -102,8 +100,6 @@ class Candidates:
         self._layers = layers
         self._moments = moments
         self._is_refitted = is_refitted
-        self._dtype = dtype
-        self._weights_dtype = None if dtype == torch.bfloat16 else torch.float32
         self._rows = max(1, step_tokens // ids.shape[1])
         self._ids = ids
         self.proposing = slice(0, len(ids) // 2)
@@ -113,7 +109,7 @@ class Candidates:
         self._progress = progress
         self._questions = 0
         self._blocks_run, self._blocks_to_run = 0, 0
-        self._calls = decoder.embed(ids[:1])[1]
+        self._pass = Pass(decoder, ids, dtype)
         self._fitted: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._dense: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -122,8 +118,9 @@ class Candidates:
 
         def judge() -> Entry:
             total = 0.0
+            blocks = self._blocks(cut)
             for rows in self._pieces(part):
-                with self._blocks(cut) as blocks, torch.no_grad():
+                with torch.no_grad():
                     hidden = self._forward(rows, blocks)[-1]
                     total += self._tail(rows, hidden)[0]
             return Entry(facts=total / self._ids[part].numel())
@@ -136,24 +133,24 @@ class Candidates:
         def judge() -> Entry:
             self._forget_fitted(cut, options)
             found = {layer: [[0.0, 0.0] for _ in of_layer] for layer, of_layer in options.items()}
+            tokens = self._ids[part].numel()
+            blocks = self._blocks(cut)
             for rows in self._pieces(part):
-                with self._blocks(cut) as blocks:
-                    with torch.no_grad():
-                        inputs = self._forward(rows, blocks)
-                    _, divergence, drawn = self._tail(rows, inputs.pop(), with_gradients=True)
-                    for layer in reversed(range(len(blocks))):
-                        x = inputs.pop().requires_grad_()
-                        with torch.enable_grad():
-                            y = self._run(layer, blocks[layer], x)
-                        for index, option in enumerate(options.get(layer, ())):
-                            with torch.no_grad(), self._block(layer, option) as block:
-                                change = self._run(layer, block, x) - y
-                            tokens = self._ids[part].numel()
-                            found[layer][index][0] += float((divergence * change).sum()) / tokens
-                            found[layer][index][1] += float((drawn * change).sum(-1).square().sum()) / 2 / tokens
-                        (before,) = torch.autograd.grad(y, x, divergence, retain_graph=True)
-                        (drawn,) = torch.autograd.grad(y, x, drawn)
-                        divergence = before
+                with torch.no_grad():
+                    inputs = self._forward(rows, blocks)
+                _, divergence, drawn = self._tail(rows, inputs.pop(), with_gradients=True)
+                for layer in reversed(range(len(blocks))):
+                    x = inputs.pop().requires_grad_()
+                    with torch.enable_grad():
+                        y = self._run(layer, blocks[layer], x)
+                    for terms, option in zip(found.get(layer, ()), options.get(layer, ()), strict=True):
+                        with torch.no_grad():
+                            change = self._run(layer, self._block(layer, option), x) - y
+                        terms[0] += float((divergence * change).sum()) / tokens
+                        terms[1] += float((drawn * change).sum(-1).square().sum()) / 2 / tokens
+                    (before,) = torch.autograd.grad(y, x, divergence, retain_graph=True)
+                    (drawn,) = torch.autograd.grad(y, x, drawn)
+                    divergence = before
             return Entry(facts=[[layer, effects] for layer, effects in found.items()])
 
         runs = 2 * self._decoder.layers + sum(map(len, options.values()))
@@ -188,7 +185,7 @@ class Candidates:
         if (rows.start, rows.stop) not in self._dense:
             hidden = self._decoder.embed(self._ids[rows])[0]
             for layer in range(self._decoder.layers):
-                with torch.no_grad(), self._decoder.block(layer, self._weights_dtype) as block:
+                with torch.no_grad(), self._decoder.block(layer, self._pass.weights_dtype) as block:
                     hidden = self._run(layer, block, hidden)
             self._dense[rows.start, rows.stop] = hidden
         return self._dense[rows.start, rows.stop]
@@ -199,18 +196,17 @@ class Candidates:
         """Sum of the divergences, its gradient for the last block's output, and that of the loss of drawn tokens."""
         dense = self._dense_output(rows)
         divergence, drawn = torch.zeros_like(hidden), torch.zeros_like(hidden)
-        vocabulary = self._decoder.config.get_text_config().vocab_size
-        chunk = max(1, LOGIT_BYTES // (LOGIT_COPIES * vocabulary * torch.float32.itemsize))
+        chunk = self._pass.logit_tokens
         generator = torch.Generator().manual_seed(rows.start)
         total = 0.0
-        with self._decoder.outside(self._weights_dtype):
+        with self._decoder.outside(self._pass.weights_dtype):
             for row, begin in itertools.product(range(len(hidden)), range(0, hidden.shape[1], chunk)):
                 at = (slice(row, row + 1), slice(begin, begin + chunk))
                 x = hidden[at].detach().requires_grad_(with_gradients)
                 with torch.no_grad():
-                    expected = self._log_probabilities(dense[at])
+                    expected = log_softmax(self._pass.logits(dense[at])[0], -1)
                 with torch.set_grad_enabled(with_gradients):
-                    found = self._log_probabilities(x)
+                    found = log_softmax(self._pass.logits(x)[0], -1)
                     nats = (expected.exp() * (expected - found)).sum()
                 total += nats.item()
                 if with_gradients:
@@ -219,23 +215,11 @@ class Candidates:
                     (drawn[at],) = torch.autograd.grad(-found.gather(1, token).sum(), x)
         return total, divergence, drawn
 
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of the next token, `(T, V)` float32, from `(1, T, D)`."""
-        with self._precision():
-            logits = self._decoder.logits(hidden, self._weights_dtype)[0]
-        return log_softmax(logits.float(), -1)
-
-    @contextmanager
-    def _blocks(self, cut: Cut) -> Iterator[list[nn.Module]]:
+    def _blocks(self, cut: Cut) -> list[nn.Module]:
         """All blocks of a candidate."""
-        blocks = []
-        for layer in range(self._decoder.layers):
-            with self._block(layer, cut[layer]) as block:
-                blocks.append(block)
-        yield blocks
+        return [self._block(layer, cut[layer]) for layer in range(self._decoder.layers)]
 
-    @contextmanager
-    def _block(self, layer: int, widths: Widths) -> Iterator[nn.Module]:
+    def _block(self, layer: int, widths: Widths) -> nn.Module:
         """A refitted and cut copy of one block."""
         of_layer = self._layers[layer]
         keep = of_layer.keep(*widths)
@@ -252,19 +236,18 @@ class Candidates:
             shrink_blocks(self._decoder.model, groups, keep)
         finally:
             blocks[layer] = original
-        yield block.requires_grad_(False).to(self._dtype)
+        return block.requires_grad_(False).to(self._pass.dtype)
 
     @torch.no_grad()
     def _refit(self, group: Group, units: tuple[int, ...]) -> None:
         """Put the refitted columns into the Linear that reads a group; every choice of units is fitted once."""
-        linear = self._decoder.model.get_submodule(group.inner.module)
-        assert isinstance(linear, nn.Linear), f"a slot names {group.inner.module}, which is no Linear"
+        linear = linear_of(self._decoder.model, group.inner.module)
         columns = unit_columns(group.inner, units)
         if (group.name, units) not in self._fitted:
             # the tokens that judge must not have been fitted on; and one ridge serves all, as choosing it for every
             # width would take longer than judging does
             moments = self._moments[group.inner.module].fitting()
-            self._fitted[group.name, units] = refit(linear.weight, moments, columns).weight.to(self._dtype)
+            self._fitted[group.name, units] = refit(linear.weight, moments, columns).weight.to(self._pass.dtype)
         linear.weight[:, columns] = self._fitted[group.name, units].float()
 
     def _forget_fitted(self, cut: Cut, options: Mapping[int, Sequence[Widths]]) -> None:
@@ -280,8 +263,4 @@ class Candidates:
     def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         self._progress(f"search, {self.stage}" if self.stage else "search", self._blocks_run, self._blocks_to_run)
         self._blocks_run += 1
-        with self._precision():
-            return self._decoder.run(layer, block, hidden, self._calls).float()
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+        return self._pass.run(layer, block, hidden)

@@ -5,10 +5,11 @@
 The pace of the walk was measured; what was not is a multiple of it. Text, export and checks are not in it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
-from edgeprune.allocation.search import ROUNDS
+from edgeprune.allocation.search import budget
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
 from edgeprune.statistics import HELD_OUT_EVERY, Method
@@ -73,9 +74,7 @@ class Pace:
 
 def estimate_seconds(preset: Preset, pace: Pace, *, refits: bool = True) -> float:
     """How long statistics, search and refit would take with these values."""
-    graded = min(preset.gradient_sequences, preset.calibration_sequences)
-    if not Method.parse(preset.method).reads_gradients:
-        graded = 0
+    graded = Method.parse(preset.method).graded(preset.gradient_sequences, preset.calibration_sequences)
     seconds = pace.forward * preset.calibration_sequences * preset.calibration_tokens
     seconds += pace.backward * graded * preset.calibration_tokens
     seconds += SOLVES * pace.solve if refits else 0.0
@@ -86,7 +85,8 @@ def _search_seconds(preset: Preset, pace: Pace) -> float:
     name, _, argument = preset.allocation.partition(":")
     if name != "search":
         return 0.0
-    if argument.endswith("min"):
-        return 60.0 * float(argument.removesuffix("min"))
+    rounds, seconds = budget(argument or None)
+    if seconds < math.inf:
+        return seconds
     tokens = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
-    return int(argument or ROUNDS) * (ROUND_FORWARDS * tokens * pace.forward + ROUND_SOLVES * pace.solve)
+    return rounds * (ROUND_FORWARDS * tokens * pace.forward + ROUND_SOLVES * pace.solve)

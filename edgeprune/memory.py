@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgeprune.groups import Group
-from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, LOGIT_BYTES, LOGIT_COPIES, WEIGHT_NEEDS, Method
-from edgeprune.streaming import Decoder
+from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, WEIGHT_NEEDS, Method
+from edgeprune.streaming import LOGIT_BYTES, LOGIT_COPIES, Decoder
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.limits import memory_limit_bytes
 from edgeprune_runtime.report import format_bytes

@@ -1,9 +1,14 @@
-"""Which number format this CPU multiplies matrices fastest in."""
+"""Which number format this CPU multiplies matrices fastest in, and models in it."""
 
+import copy
 import functools
 import time
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 _SIDE = 768  # large enough to leave the caches of one core, small enough for dozens of repeats in half a second
 _ROUNDS = 4  # the formats take turns, so that a burst of other work does not hit only one of them
@@ -22,6 +27,20 @@ def fastest_dtype(seconds: float = 0.5) -> torch.dtype:
         for dtype in best:
             best[dtype] = max(best[dtype], _products_per_second(dtype, share))
     return torch.bfloat16 if best[torch.bfloat16] > _WORTH_IT * best[torch.float32] else torch.float32
+
+
+def copy_in(model: AnyModule, dtype: torch.dtype) -> AnyModule:
+    """A copy of a model whose parameters have this dtype; it shares those that have it already.
+
+    Buffers keep theirs: rotary frequencies that were rounded to bfloat16 would put tokens in wrong places.
+    """
+    replaced: dict[int, Any] = {
+        id(parameter): parameter
+        if parameter.dtype == dtype
+        else nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, replaced)
 
 
 def _products_per_second(dtype: torch.dtype, seconds: float) -> float:

@@ -16,7 +16,6 @@ from functools import partial
 from typing import get_args
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from edgeprune import plugins
@@ -25,10 +24,9 @@ from edgeprune.calibration import Calibration
 from edgeprune.candidates import STEP as SEARCH_STEP
 from edgeprune.candidates import Candidates, check_sequences
 from edgeprune.distributed import Ranks
-from edgeprune.groups import Group, Kind, check_keep, kept, layer_widths
+from edgeprune.groups import Group, Keep, Kind, check_keep, kept, layer_widths
 from edgeprune.journal import Entry, Journal
 from edgeprune.plan import PrunePlan
-from edgeprune.presets import PRESETS as PRESETS
 from edgeprune.refit import (
     Mode,
     Outcome,
@@ -40,6 +38,7 @@ from edgeprune.refit import (
 )
 from edgeprune.shrink import (
     LinearShape,
+    linear_of,
     linear_shapes,
     parameters_removed,
     set_widths,
@@ -208,18 +207,17 @@ def make_plan(
         progress=progress,
     )
 
-    def judge_of(problem: Problem) -> Candidates:
-        return judge(
-            decoder,
-            problem,
-            calibration,
-            settings,
-            stats,
-            dtype,
-            step_tokens=step_tokens,
-            journal=journal,
-            progress=progress,
-        )
+    judge_of = partial(
+        judge,
+        decoder,
+        calibration=calibration,
+        settings=settings,
+        stats=stats,
+        dtype=dtype,
+        step_tokens=step_tokens,
+        journal=journal,
+        progress=progress,
+    )
 
     def decide() -> Entry:
         return Entry(facts=_decide(decoder, name, calibration, settings, stats, dtype, judge_of).to_json())
@@ -242,8 +240,7 @@ def _decide(
     model, groups = decoder.model, decoder.groups
     keep = allocate(model, groups, stats.scores, settings, stats.influence, judge_of)
     before = count_parameters(model)
-    narrowed: frozenset[Kind] = frozenset(group.kind for group in groups if len(kept(keep, group)) < group.units)
-    gone = _parameters_gone(model, groups, keep, settings.refit, narrowed)
+    gone = _parameters_gone(model, groups, keep, settings.refit, _narrowed_kinds(groups, keep))
     blocks = count_parameters(decoder.blocks)
     return PrunePlan(
         model=name,
@@ -299,7 +296,7 @@ def allocate(
         )
     name, _, argument = settings.allocation.partition(":")
     method = plugins.find("allocation", name, "allocation")
-    if getattr(method, "NEEDS_JUDGE", False):
+    if settings.reads_moments:
         assert judge_of is not None, f"{settings.allocation} judges candidates, and nobody said how"
         problem = replace(problem, judge=judge_of(problem))
     keep: dict[str, tuple[int, ...]] = method.allocate(problem, argument or None)
@@ -381,7 +378,7 @@ def _shapes_after_refit(
 def _parameters_gone(
     model: PreTrainedModel,
     groups: Sequence[Group],
-    keep: Mapping[str, Sequence[int]],
+    keep: Keep,
     mode: Mode,
     kinds: Collection[Kind],
 ) -> int:
@@ -413,13 +410,13 @@ def apply_plan(
     decoder, journal = Decoder.of(model), Journal() if journal is None else journal
     groups, mode = decoder.groups, parse_mode(plan.refit)
     check_keep(groups, plan.keep)
-    kinds: set[Kind] = {group.kind for group in groups if _is_narrowed(group, plan)}
+    kinds = _narrowed_kinds(groups, plan.keep)
     outcomes: dict[str, Outcome] = {}
     for layer, members in itertools.groupby(groups, lambda group: group.layer):
         progress("refit and cut", layer, decoder.layers)
         of_layer, step = list(members), f"cut-{layer}"
         # intercepts go to all blocks, as a config has one switch for all
-        if mode in ("intercept", "bias") or any(_is_narrowed(group, plan) for group in of_layer):
+        if mode in ("intercept", "bias") or _narrowed_kinds(of_layer, plan.keep):
             if step in journal:
                 decoder.release(layer)
                 carry_intercepts(decoder.model, of_layer, mode, kinds)
@@ -460,8 +457,12 @@ def progress_so_far(journal: Journal, layers: int) -> str | None:
     return None
 
 
-def _is_narrowed(group: Group, plan: PrunePlan) -> bool:
-    return len(kept(plan.keep, group)) < group.units
+def _is_narrowed(group: Group, keep: Keep) -> bool:
+    return len(kept(keep, group)) < group.units
+
+
+def _narrowed_kinds(groups: Sequence[Group], keep: Keep) -> frozenset[Kind]:
+    return frozenset(group.kind for group in groups if _is_narrowed(group, keep))
 
 
 def _cut_block(
@@ -478,11 +479,10 @@ def _cut_block(
     with decoder.block(layer) as block:
         carry_intercepts(decoder.model, groups, mode, kinds)
         for group in groups:
-            if mode == "none" or group.kind == "kv_heads" or not _is_narrowed(group, plan):
+            if mode == "none" or group.kind == "kv_heads" or not _is_narrowed(group, plan.keep):
                 continue
             name = group.inner.module
-            linear = decoder.model.get_submodule(name)
-            assert isinstance(linear, nn.Linear), f"a slot names {name}, which is no Linear"
+            linear = linear_of(decoder.model, name)
             outcomes[name] = asdict(refit_linear(linear, group, kept(plan.keep, group), moments[name], mode))
         shrink_blocks(decoder.model, groups, plan.keep)
         tensors = {name: tensor.detach() for name, tensor in block.state_dict().items()}

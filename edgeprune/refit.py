@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from edgeprune.configs import architecture
 from edgeprune.groups import Group, Kind, Slot
-from edgeprune.shrink import LinearShape
+from edgeprune.shrink import LinearShape, linear_of
 from edgeprune.statistics import Moments
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -210,8 +210,7 @@ def carry_intercepts(model: PreTrainedModel, groups: Sequence[Group], mode: Mode
     grown = 0
     for name, switch in _carriers(model.config.model_type, groups, mode, kinds).items():
         setattr(model.config, switch, True)
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), f"a slot names {name}, which is no Linear"
+        linear = linear_of(model, name)
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
             grown += linear.out_features

@@ -38,10 +38,17 @@ class LinearShape:
         return self.out_features * (self.in_features + self.has_bias)
 
 
+def linear_of(model: nn.Module, name: str) -> nn.Linear:
+    """The Linear that a slot names."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear), f"a slot names {name}, which is no Linear"
+    return module
+
+
 def linear_shapes(model: nn.Module, groups: Sequence[Group]) -> dict[str, LinearShape]:
     """Module name -> sizes of every Linear that some group has a slot in."""
     names = dict.fromkeys(slot.module for group in groups for slot in group.slots)
-    linears = {name: _linear(model, name) for name in names}
+    linears = {name: linear_of(model, name) for name in names}
     return {
         name: LinearShape(linear.out_features, linear.in_features, linear.bias is not None)
         for name, linear in linears.items()
@@ -98,7 +105,7 @@ def shrink_blocks(model: PreTrainedModel, groups: Sequence[Group], keep: Keep) -
     shapes = linear_shapes(model, groups)
     for (module, side), lines in _kept_lines(groups, keep, shapes).items():
         if not lines.all():
-            _cut(_linear(model, module), side, lines.nonzero().squeeze(1))
+            _cut(linear_of(model, module), side, lines.nonzero().squeeze(1))
     for group in groups:
         if group.kind != "kv_heads":
             _remember(model, group, groups, keep)
@@ -188,9 +195,3 @@ def _cut(linear: nn.Linear, side: Side, lines: torch.Tensor) -> None:
 
 def _part(parameter: torch.Tensor, dim: int, lines: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.detach().index_select(dim, lines), requires_grad=parameter.requires_grad)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear), f"a slot names {name}, which is no Linear"
-    return module

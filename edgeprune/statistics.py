@@ -37,7 +37,8 @@ from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Slot
 from edgeprune.importance import Evidence, SlotEvidence
 from edgeprune.journal import Entry, Journal, Rows
-from edgeprune.streaming import Decoder
+from edgeprune.shrink import linear_of
+from edgeprune.streaming import Decoder, Pass
 from edgeprune_runtime.errors import EdgepruneError
 
 Progress = Callable[[str, int, int], None]
@@ -48,10 +49,6 @@ BATCH_TOKENS = 4096
 
 HELD_OUT_EVERY = 8
 """One of so many calibration sequences is kept aside for the refit to judge itself."""
-
-LOGIT_BYTES = 256 << 20
-LOGIT_COPIES = 4
-"""Logits, their softmax and both gradients, float32, take `LOGIT_BYTES` in all."""
 
 SAMPLES = 8
 """A method that looks at samples sees the sequences in so many parts at least: enough to estimate a variance."""
@@ -196,6 +193,10 @@ class Method:
         """Whether the method needs the backward pass."""
         return bool(self.needs & GRADED_NEEDS)
 
+    def graded(self, gradient_sequences: int, sequences: int) -> int:
+        """How many of the calibration sequences the loss gradients see, where so many are wished for."""
+        return min(gradient_sequences, sequences) if self.reads_gradients else 0
+
     @property
     def sampled(self) -> tuple[str, ...]:
         """Methods whose scores of single samples this method reads."""
@@ -241,7 +242,7 @@ def gather(
     Raises:
         EdgepruneError: if the statistics are not finite (the model or the text is broken).
     """
-    graded = min(gradient_sequences or len(ids), len(ids)) if method.reads_gradients else 0
+    graded = method.graded(gradient_sequences or len(ids), len(ids))
     walk = BlockWalk(
         Decoder.of(model),
         groups,
@@ -365,11 +366,10 @@ class BlockWalk:
             self._sample = 1  # F needs the gradient of every single sequence
         elif method.sampled:
             self._sample = min(step, max(1, graded // SAMPLES))
-        self._vocabulary = decoder.config.get_text_config().vocab_size
         self.pieces = share_out(sequences, graded, step, self._sample or 1, self.ranks)
         self._sequences = sum(piece.count for piece in self.pieces)
         self._graded_here = sum(piece.count for piece in self.pieces if piece.is_graded)
-        self._calls = decoder.embed(ids[:1])[1]  # one sequence: arguments that fit a step of any size
+        self._pass = Pass(decoder, ids, dtype)
 
     def forward(self, layer: int) -> None:
         """Run a block: moments of the inputs of its Linears that read units, its influence, its scores."""
@@ -382,7 +382,7 @@ class BlockWalk:
                     hidden[piece.rows] = self.decoder.embed(self.ids[piece.numbers])[0]
         modules = self._readers(layer) if self.gathers_moments else []
         cosines = torch.zeros(2, dtype=torch.float64)  # sum over the tokens, and their number
-        with self.decoder.block(layer, self._weights_dtype) as block:
+        with self.decoder.block(layer, self._pass.weights_dtype) as block:
             sums = [{name: InputSums(self._linear(block, layer, name).in_features) for name in modules} for _ in "ab"]
             for piece in self.pieces:
                 x = hidden[piece.rows]
@@ -390,7 +390,7 @@ class BlockWalk:
                     self._block_input(layer)[piece.rows] = x
                 add = {name: of_linear.add for name, of_linear in sums[piece.is_held_out].items()}
                 with torch.no_grad(), self._inputs_shown(block, layer, add):
-                    y = self._run(layer, block, x)
+                    y = self._pass.run(layer, block, x)
                 cosine = nn.functional.cosine_similarity(x, y, dim=-1)
                 cosines += torch.tensor([cosine.double().sum(), cosine.numel()], dtype=torch.float64)
                 output[piece.rows] = y
@@ -416,17 +416,16 @@ class BlockWalk:
             return
         hidden, gradient = self._hidden(self.layers), self._gradient(self.layers)
         length_tokens = self.ids.shape[1]
-        chunk = max(1, LOGIT_BYTES // (LOGIT_COPIES * self._vocabulary * torch.float32.itemsize))
+        chunk = self._pass.logit_tokens
         loss = torch.zeros(1, dtype=torch.float64)
-        with self.decoder.outside(self._weights_dtype):
+        with self.decoder.outside(self._pass.weights_dtype):
             for piece, offset in ((p, o) for p in self.pieces if p.is_graded for o in range(p.count)):
                 row = slice(piece.rows.start + offset, piece.rows.start + offset + 1)
                 ids, x = self.ids[piece.first + offset], hidden[row]
                 of_row = torch.zeros_like(x)
                 for begin in range(0, length_tokens - 1, chunk):
                     part, wanted = x[:, begin : begin + chunk].requires_grad_(), ids[begin + 1 : begin + chunk + 1]
-                    with self._precision():
-                        logits = self.decoder.logits(part, self._weights_dtype)[0, : len(wanted)].float()
+                    logits = self._pass.logits(part)[0, : len(wanted)]
                     nats = nn.functional.cross_entropy(logits, wanted, reduction="sum") / self._targets
                     (of_row[:, begin : begin + chunk],) = torch.autograd.grad(nats, part)
                     loss += nats.item()
@@ -571,7 +570,7 @@ class BlockWalk:
         x.requires_grad_()
         read: dict[str, torch.Tensor] = {}
         with self._inputs_shown(block, layer, {name: partial(read.__setitem__, name) for name in readers}):
-            y = self._run(layer, block, x)
+            y = self._pass.run(layer, block, x)
         of_x, *others = torch.autograd.grad(y, [x, *weights.values(), *read.values()], outgoing)
         of_weights, of_read = others[: len(weights)], others[len(weights) :]
         pairs = zip(read.items(), of_read, strict=True)
@@ -595,9 +594,7 @@ class BlockWalk:
         return [slot.module for group in self.groups[layer] for slot in group.slots if slot.side == "in"]
 
     def _linear(self, block: nn.Module, layer: int, name: str) -> nn.Linear:
-        linear = block.get_submodule(name.removeprefix(self.decoder.prefix(layer)))
-        assert isinstance(linear, nn.Linear), f"a slot names {name}, which is no Linear"
-        return linear
+        return linear_of(block, name.removeprefix(self.decoder.prefix(layer)))
 
     def _graded_steps(self) -> Iterator[tuple[int, slice]]:
         """(number of the first sequence, rows) of each backward step: a sample where samples are wanted."""
@@ -623,18 +620,6 @@ class BlockWalk:
     def _gradient(self, layer: int) -> Rows:
         shape = (self._graded_here, self.ids.shape[1], self.decoder.config.hidden_size)
         return self.journal.rows(f"gradient-{layer}", shape, torch.float32)
-
-    def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        with self._precision():
-            return self.decoder.run(layer, block, hidden, self._calls).float()
-
-    @property
-    def _weights_dtype(self) -> torch.dtype | None:
-        """None under autocast, which takes weights as they are; without it they must be as the hidden states."""
-        return None if self.dtype == torch.bfloat16 else torch.float32
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     @contextmanager
     def _inputs_shown(

@@ -38,6 +38,10 @@ from edgeprune_runtime.errors import EdgepruneError
 Reader = Callable[[], torch.Tensor]
 """Reads one tensor from where it is stored."""
 
+LOGIT_BYTES = 256 << 20
+LOGIT_COPIES = 4
+"""Logits, their softmax and both gradients, float32, take `LOGIT_BYTES` in all."""
+
 Calls = Sequence[Mapping[str, Any]]
 """For each block the arguments, besides the hidden states, that the model calls it with."""
 
@@ -257,6 +261,40 @@ class Decoder:
             yield
         finally:
             setattr(parent, attribute, self.blocks)
+
+
+class Pass:
+    """A decoder that is run on sequences of one length in one precision, as statistics and searches do.
+
+    Weights are taken as they are stored under bfloat16 products (autocast), and are float32 without. Hidden states
+    between blocks, and logits, are float32 either way.
+
+    Attributes:
+        dtype: of the matrix products.
+        weights_dtype: what the weights must be; None takes them as they are.
+        logit_tokens: tokens of one sequence whose logits, with what a loss makes of them, take `LOGIT_BYTES`.
+    """
+
+    def __init__(self, decoder: Decoder, ids: torch.Tensor, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.weights_dtype = None if dtype == torch.bfloat16 else torch.float32
+        vocabulary = decoder.config.get_text_config().vocab_size
+        self.logit_tokens = max(1, LOGIT_BYTES // (LOGIT_COPIES * vocabulary * torch.float32.itemsize))
+        self._decoder = decoder
+        self._calls = decoder.embed(ids[:1])[1]  # one sequence: arguments that fit a step of any size
+
+    def run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block makes of hidden states `(B, T, D)`."""
+        with self._products():
+            return self._decoder.run(layer, block, hidden, self._calls).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `(B, T, V)` of what leaves the last block."""
+        with self._products():
+            return self._decoder.logits(hidden, self.weights_dtype).float()
+
+    def _products(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 def model_groups(model: PreTrainedModel) -> list[Group]:

@@ -7,7 +7,7 @@ attention likewise; the first and last blocks get no protection but their own sc
 
 from dataclasses import replace
 
-from edgeprune.budget import Heads, Problem, cut_cheapest, keep_list, refuse_even, score_price, share_argument
+from edgeprune.budget import Heads, Problem, check_share, cut_cheapest, keep_list, score_price, share_argument
 
 
 def check(argument: str | None, heads: Heads) -> None:
@@ -16,8 +16,7 @@ def check(argument: str | None, heads: Heads) -> None:
     Raises:
         EdgepruneError: if the argument is not a share above 0 and at most 1, or heads shall give an even share.
     """
-    refuse_even("global", heads)
-    share_argument("global", argument)
+    check_share("global", argument, heads)
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:

@@ -20,9 +20,9 @@ from edgeprune.budget import (
     Layer,
     Problem,
     Widths,
+    check_share,
     cut_cheapest,
     keep_list,
-    refuse_even,
     relative_price,
     share_argument,
 )
@@ -34,8 +34,7 @@ def check(argument: str | None, heads: Heads) -> None:
     Raises:
         EdgepruneError: if the argument is not a share above 0 and at most 1, or heads shall give an even share.
     """
-    refuse_even("knapsack", heads)
-    share_argument("knapsack", argument)
+    check_share("knapsack", argument, heads)
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:

@@ -30,7 +30,6 @@ from edgeprune.budget import (
     Heads,
     Judge,
     Layer,
-    Price,
     Problem,
     Widths,
     cut_of,
@@ -62,14 +61,14 @@ def check(argument: str | None, heads: Heads) -> None:
         EdgepruneError: if the argument is neither a number of rounds nor of minutes, or heads shall give an even share.
     """
     refuse_even("search", heads)
-    _budget(argument)
+    budget(argument)
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
     """Keep list of the best candidate that was found."""
     judge = problem.judge
     assert judge is not None, "a search needs something that judges candidates"
-    rounds, seconds = _budget(argument)
+    rounds, seconds = budget(argument)
     began = time.monotonic()
     starts = _starts(problem)
     found = []
@@ -98,7 +97,7 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
     return keep_list(problem, cut)
 
 
-def _budget(argument: str | None) -> tuple[int, float]:
+def budget(argument: str | None) -> tuple[int, float]:
     """Rounds and seconds.
 
     Raises:
@@ -214,8 +213,7 @@ def _apply(problem: Problem, cut: Cut, moves: _Moves, fraction: float) -> Cut:
     for (i, part), step in chosen.items():
         attention, channels = moved[i]
         moved[i] = (step.to[0], channels) if part == "attention" else (attention, step.to[1])
-    price_of: Price = moves.price
-    return settle(problem, moved, price_of)
+    return settle(problem, moved, moves.price)
 
 
 def _choose(steps: Mapping[tuple[int, str], Sequence[_Step]]) -> tuple[dict[tuple[int, str], _Step], float]:

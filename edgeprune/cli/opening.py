@@ -133,20 +133,18 @@ def calibrate(
     """The calibration text, and what of it is held out for the perplexity (all of it, if the user brings a text)."""
     from edgeprune import calibration as calibrating
 
+    aside = held_out_sequences(options)
+
     def gather() -> "Entry":
         return calibrating.gather(
             options.calibration,
             tokenizer,
             decoder,
-            sequences=options.calibration_sequences + held_out_sequences(options),
+            sequences=options.calibration_sequences + aside,
             length_tokens=options.calibration_tokens,
             seed=options.seed,
             progress=advance,
         ).entry()
 
     gathered = ranks.share(lambda: calibrating.Calibration.from_entry(journal.remember("calibration", gather)))
-    return (
-        calibrating.split(gathered, held_out_sequences(options))
-        if held_out_sequences(options)
-        else (gathered, gathered)
-    )
+    return calibrating.split(gathered, aside) if aside else (gathered, gathered)

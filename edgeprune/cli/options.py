@@ -98,5 +98,4 @@ def graded_sequences(options: Options, settings: "Settings") -> int:
     """Calibration sequences that the loss gradients see."""
     from edgeprune.statistics import Method
 
-    reads = Method.parse(settings.method).reads_gradients
-    return min(settings.gradient_sequences, options.calibration_sequences) if reads else 0
+    return Method.parse(settings.method).graded(settings.gradient_sequences, options.calibration_sequences)

@@ -114,7 +114,7 @@ def test_finished_steps_are_not_repeated(
         assert compress(model_folder, text_file, output, "--checkpoint-only").code == 130
     for name in ("edgeprune.pruning.refit_linear", "edgeprune.calibration.gather"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("done twice"))
-    monkeypatch.setattr("edgeprune.statistics.BlockWalk._run", lambda *_, **__: pytest.fail("run twice"))
+    monkeypatch.setattr("edgeprune.streaming.Pass.run", lambda *_, **__: pytest.fail("run twice"))
     outcome = compress(model_folder, text_file, output, "--checkpoint-only")
     assert outcome.code == 0, outcome.err
     assert "continues after the last block (refit and cut)" in outcome.err

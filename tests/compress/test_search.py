@@ -193,4 +193,4 @@ def test_a_budget_that_is_none_is_refused(argument: str) -> None:
 
 def test_minutes_are_a_budget() -> None:
     search.check("10min", "auto")
-    assert search._budget("2min") == (1000, 120.0)
+    assert search.budget("2min") == (1000, 120.0)

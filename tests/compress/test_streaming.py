@@ -102,7 +102,7 @@ def test_streamed_gradients_equal_one_shot_autograd(tmp_path: Path) -> None:
 def test_logits_in_small_chunks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = toy("llama"), some_ids(3)
     expected = gather(model, groups_of(model), ids, Method.parse("taylor-fine"))
-    monkeypatch.setattr("edgeprune.statistics.LOGIT_BYTES", 5 * 4 * 4 * 97)
+    monkeypatch.setattr("edgeprune.streaming.LOGIT_BYTES", 5 * 4 * 4 * 97)
     found = gather(model, groups_of(model), ids, Method.parse("taylor-fine"))
     assert found.loss == pytest.approx(expected.loss)
     for name, scores in expected.scores.items():
