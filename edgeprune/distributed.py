@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+# Its functions take the default group as a default argument. Imported by others once there is a group, they would keep
+# it beyond its end, and its threads run into an interpreter that is shutting down: a rare abort after all was done.
+import torch.distributed.nn.functional
+
 from edgeprune_runtime.errors import EdgepruneError
 
 LONGEST_WAIT = datetime.timedelta(days=7)

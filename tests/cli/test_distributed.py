@@ -35,6 +35,12 @@ def free_port() -> int:
         return port
 
 
+def launcher() -> list[str]:
+    """The command that starts a script or module in two processes."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return [*run, "--master-port", str(free_port())]
+
+
 def _rank(rank: int, size: int, port: int, run: Callable[[int], Any], answers: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -196,17 +202,26 @@ def test_shared_run_that_was_killed_continues(model_folder: Path, text_file: Pat
 
 @pytest.mark.slow
 def test_torchrun_from_the_command_line(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
     command = ["-m", "edgeprune", "compress", model_folder, "-c", text_file, "-o", tmp_path / "out", *SMALL, "--json"]
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([*launcher(), *map(str, command)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"]["plan"]["ratio_asked"] == 0.2
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from edgeprune.distributed import joined\n"
+        "with joined() as ranks:\n"
+        "    import transformers.modeling_utils  # imports all of torch.distributed\n"
+        "    assert ranks.gather(ranks.rank) == [0, 1]\n"
+        "names = [file.read_text() for file in Path('/proc/self/task').glob('*/comm')]\n"
+        "assert not [name for name in names if 'gloo' in name], names\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([*launcher(), str(script)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
