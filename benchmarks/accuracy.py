@@ -254,7 +254,7 @@ def pruned(
     judge_of = partial(judge, model, calibration=calibration, settings=settings, stats=stats, dtype=dtype)
     keep = allocate(model, model_groups(model), stats.scores, settings, stats.influence, judge_of)
     smaller = copy.deepcopy(model)
-    apply_plan(smaller, replace(plan, keep=keep, refit=settings.refit), stats.moments)
+    apply_plan(smaller, replace(plan, keep=keep, refit=settings.refit), stats.moments, calibration, dtype=dtype)
     return smaller
 
 

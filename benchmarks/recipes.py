@@ -1,7 +1,7 @@
 """The rows of the accuracy table: what others do, as their papers and official code do it, and what we do.
 
 A recipe is written NAME=METHOD|ALLOCATION|REFIT|HEADS. REFIT is a mode of `edgeprune.refit` (none, bias, least-squares,
-intercept). What is left empty is the default of `Settings`. Our rows are the presets of the product.
+reconstruct, intercept). What is left empty is the default of `Settings`. Our rows are the presets of the product.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ NAMED: Mapping[Kind, Sequence[str]] = {
         "fused=fusion|protect|least-squares|auto",
     ),
     "ours": tuple(
-        f"ours, {name}={preset.method}|{preset.allocation}|least-squares|auto" for name, preset in PRESETS.items()
+        f"ours, {name}={preset.method}|{preset.allocation}|{preset.refit}|auto" for name, preset in PRESETS.items()
     ),
 }
 """The rows of the full table. Coarse, fine and fused share allocation and refit, so that only the scores differ."""

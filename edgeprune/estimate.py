@@ -1,6 +1,6 @@
 """How long a pruning would take here, from what one walk over this model took: an estimate, to choose a preset by.
 
-    time of a preset = tokens x (forward + gradients on a share of them) + refit + rounds of the search
+    time of a preset = tokens x (forward + gradients on a share of them + reconstruction) + refit + rounds of the search
 
 The pace of the walk was measured; what was not is a multiple of it. Text, export and checks are not in it.
 """
@@ -12,6 +12,7 @@ from typing import Self
 from edgeprune.allocation.search import budget
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
+from edgeprune.reconstruct import EPOCHS
 from edgeprune.statistics import HELD_OUT_EVERY, Method
 
 BACKWARD = 2.5
@@ -20,6 +21,10 @@ matrix products for each of its own."""
 
 SOLVES = 5
 """Systems that a refit solves for each Linear: one for each ridge on trial, and the last on all tokens."""
+
+PATHS, PRODUCTS = 3, 2
+"""A reconstruction runs each block on two paths and looks at what came out; and an epoch takes so many times a forward
+pass: three products for each one of the MLP, which is narrower by then and not all of the block."""
 
 DOUBLE = 4
 """Float64 takes so many times as long per operation as the walk's own dtype."""
@@ -72,12 +77,15 @@ class Pace:
         )
 
 
-def estimate_seconds(preset: Preset, pace: Pace, *, refits: bool = True) -> float:
+def estimate_seconds(preset: Preset, pace: Pace) -> float:
     """How long statistics, search and refit would take with these values."""
     graded = Method.parse(preset.method).graded(preset.gradient_sequences, preset.calibration_sequences)
     seconds = pace.forward * preset.calibration_sequences * preset.calibration_tokens
     seconds += pace.backward * graded * preset.calibration_tokens
-    seconds += SOLVES * pace.solve if refits else 0.0
+    seconds += SOLVES * pace.solve if preset.refit != "none" else 0.0
+    if preset.refit == "reconstruct":
+        tokens = preset.calibration_sequences * preset.calibration_tokens
+        seconds += (PATHS + PRODUCTS * EPOCHS) * pace.forward * tokens
     return seconds + _search_seconds(preset, pace)
 
 

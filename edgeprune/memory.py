@@ -9,6 +9,7 @@ Each phase of a walk holds a few things at once, and the largest phase is what t
     solve       float64 systems of the refit, or of structured OBS
     gradients   float32 weights, their gradients, and sums of these
     step        activations of the tokens that go through a block at once
+    fit         float32 weights of an MLP, their gradients and Adam's moments; tokens that are shuffled
     candidate   a whole cut model, refitted pieces of others, and hidden states between all blocks: a search over widths
 
 They are estimates on the safe side; a test and a benchmark hold them against what is measured.
@@ -21,6 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgeprune.groups import Group
+from edgeprune.reconstruct import SHUFFLED_TOKENS, STEP_TOKENS
+from edgeprune.shrink import linear_shapes
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, WEIGHT_NEEDS, Method
 from edgeprune.streaming import LOGIT_BYTES, LOGIT_COPIES, Decoder
 from edgeprune_runtime.errors import EdgepruneError
@@ -45,6 +48,13 @@ CANDIDATES = 4
 """A search holds a whole cut model, and of each o_proj and down_proj what was refitted for a candidate, its options and
 the candidates after it: up to nine of the one and seven of the other, together less than three models."""
 
+FITTED_COPIES, SHUFFLED_COPIES = 5, 2
+"""A reconstruction holds of an MLP's weights, float32: themselves, gradients, Adam's two moments, and copies in the
+precision of the products; and of the tokens that it shuffles the rows that were read, and those put together."""
+
+FITTED_STEP = 6
+"""Activations of an MLP that autograd keeps, in multiples of what it reads and of its channels."""
+
 BLOCK_COPIES = 2
 """While a candidate's block is made: the dense one in float32, and its copy that is refitted and cut."""
 
@@ -58,6 +68,7 @@ class Sizes:
         outside_parameters: number of its values.
         block_bytes: the largest block, as stored.
         block_parameters: number of its values.
+        mlp_parameters: number of values of its Linears that have channels.
         blocks_bytes: all blocks, as stored.
         layers: number of blocks.
         hidden_size: width of the hidden states.
@@ -71,6 +82,7 @@ class Sizes:
     outside_parameters: int
     block_bytes: int
     block_parameters: int
+    mlp_parameters: int
     blocks_bytes: int
     layers: int
     hidden_size: int
@@ -90,6 +102,7 @@ class Sizes:
             outside_parameters=sum(parameter.numel() for parameter in outside),
             block_bytes=max(map(_bytes, blocks)),
             block_parameters=max(sum(parameter.numel() for parameter in block) for block in blocks),
+            mlp_parameters=max(_mlp_parameters(decoder).values()),
             blocks_bytes=sum(map(_bytes, blocks)),
             layers=decoder.layers,
             hidden_size=decoder.config.hidden_size,
@@ -135,6 +148,7 @@ class Work:
         graded: sequences that the gradients see.
         journal_in_memory: there is no folder for the hidden states.
         searches: the allocation judges whole candidates.
+        reconstructs: the MLPs are reconstructed after the refit.
     """
 
     method: Method
@@ -143,6 +157,7 @@ class Work:
     graded: int
     journal_in_memory: bool = False
     searches: bool = False
+    reconstructs: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,11 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     """Bytes that each phase of a run holds at once."""
     always = LIBRARIES_BYTES + sizes.outside_bytes
     if work.journal_in_memory:
-        always += 2 * sizes.hidden_bytes + _moments_bytes(sizes, work) + _inputs_bytes(sizes, work)
+        always += (
+            (6 if work.reconstructs else 2) * sizes.hidden_bytes
+            + _moments_bytes(sizes, work)
+            + _inputs_bytes(sizes, work)
+        )
     casts = work.dtype != torch.bfloat16
     weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)
     reads_inputs = work.refits or work.searches or "inputs" in work.method.needs
@@ -181,6 +200,13 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         found["the scores of a block"] = always + weights + grams + SCORE_MATRICES * matrix
     if work.refits:
         found["the refit of a block"] = always + weights + grams + REFIT_MATRICES * matrix
+    if work.reconstructs:
+        tokens = min(SHUFFLED_TOKENS, sizes.sequences * sizes.length_tokens)
+        shuffled = SHUFFLED_COPIES * (work.dtype.itemsize + FLOAT32_BYTES) * tokens * sizes.hidden_size
+        fitted = FITTED_COPIES * FLOAT32_BYTES * sizes.mlp_parameters
+        activations = FLOAT32_BYTES * STEP_TOKENS * (sizes.hidden_size + max(sizes.inner))
+        fit_step = fitted + shuffled + FITTED_STEP * activations
+        found["the reconstruction of a block"] = always + weights + max(fit_step, weights + step)
     if work.graded:
         needs = work.method.needs
         # weights; gradients of a step and their sum, where the method reads them; the sum of their squares
@@ -202,7 +228,8 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
 def scratch_bytes(sizes: Sizes, work: Work) -> int:
     """Bytes that the journal takes on disk at its worst."""
     kept = max(_moments_bytes(sizes, work), sizes.blocks_bytes)
-    return kept + sizes.block_bytes + 3 * sizes.hidden_bytes + _inputs_bytes(sizes, work)
+    paths = 6 if work.reconstructs else 3
+    return kept + sizes.block_bytes + paths * sizes.hidden_bytes + _inputs_bytes(sizes, work)
 
 
 def _moments_bytes(sizes: Sizes, work: Work) -> int:
@@ -270,10 +297,11 @@ def _advice(sizes: Sizes, work: Work, budget: int) -> str:
         "use --dtype bfloat16": (sizes, replace(work, dtype=torch.bfloat16)),
         "use a --method without gradients": (sizes, replace(work, graded=0)),
         "use --allocation protect": (sizes, replace(work, searches=False)),
-        "use --refit none": (sizes, replace(work, refits=False)),
+        "use --refit least-squares": (sizes, replace(work, reconstructs=False)),
+        "use --refit none": (sizes, replace(work, refits=False, reconstructs=False)),
         "use --refit none --method magnitude": (
             sizes,
-            replace(work, refits=False, graded=0, method=Method.parse("magnitude")),
+            replace(work, refits=False, reconstructs=False, graded=0, method=Method.parse("magnitude")),
         ),
     }
     helps = (
@@ -290,6 +318,15 @@ def _inner(groups: Sequence[Group]) -> tuple[int, ...]:
         if group.kind != "kv_heads":
             widest[group.kind] = max(widest.get(group.kind, 0), group.units * group.inner.size)
     return tuple(widest.values())
+
+
+def _mlp_parameters(decoder: Decoder) -> dict[int, int]:
+    """Layer -> number of values of the Linears that have channels."""
+    groups = [group for group in decoder.groups if group.kind == "channels"]
+    shapes = linear_shapes(decoder.model, groups)
+    return {
+        group.layer: sum(shapes[name].parameters for name in {slot.module for slot in group.slots}) for group in groups
+    }
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

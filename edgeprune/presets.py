@@ -16,6 +16,7 @@ class Preset:
     summary: str
     method: str
     allocation: str
+    refit: str
     calibration_sequences: int
     calibration_tokens: int
     gradient_sequences: int
@@ -25,34 +26,38 @@ class Preset:
         return {name: value for name, value in asdict(self).items() if name != "summary"}
 
     def __str__(self) -> str:
-        """The values in short, such as "wanda-sp, protect, 64x512 tokens"."""
-        return f"{self.method}, {self.allocation}, {self.calibration_sequences}x{self.calibration_tokens} tokens"
+        """The values in short, such as "wanda-sp, protect, least-squares, 64x512 tokens"."""
+        tokens = f"{self.calibration_sequences}x{self.calibration_tokens} tokens"
+        return f"{self.method}, {self.allocation}, {self.refit}, {tokens}"
 
 
 PRESETS: Mapping[str, Preset] = {
     "fast": Preset(
-        "a forward pass scores the units, fixed widths",
+        "a forward pass scores the units, fixed widths, refit in closed form",
         method="wanda-sp",
         allocation="protect",
+        refit="least-squares",
         calibration_sequences=64,
         calibration_tokens=512,
         gradient_sequences=32,  # unread, unless the user asks for a method with gradients
     ),
     "balanced": Preset(
-        "gradients score the units, fixed widths",
-        method="fisher",
+        "a forward pass scores the units, fixed widths, every MLP is reconstructed",
+        method="wanda-sp",
         allocation="protect",
+        refit="reconstruct",
         calibration_sequences=64,
         calibration_tokens=512,
         gradient_sequences=32,
     ),
     "best": Preset(
-        "gradients score the units, a search finds the widths",
+        "gradients score the units, fixed widths, every MLP is reconstructed on more text",
         method="fisher",
-        allocation="search",
-        calibration_sequences=128,
+        allocation="protect",
+        refit="reconstruct",
+        calibration_sequences=256,
         calibration_tokens=512,
-        gradient_sequences=112,  # all but those that the search judges on
+        gradient_sequences=224,
     ),
 }
 DEFAULT_PRESET = "balanced"

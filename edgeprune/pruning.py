@@ -6,6 +6,7 @@ block by block and leave what they finish in a journal: the steps of `statistics
     search-N         the answer to the Nth question of a search over widths
     plan             the plan
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
+    path-L           with the refit "reconstruct": that a block which stays whole was run, nothing else
 """
 
 import itertools
@@ -27,6 +28,7 @@ from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Keep, Kind, check_keep, kept, layer_widths
 from edgeprune.journal import Entry, Journal
 from edgeprune.plan import PrunePlan
+from edgeprune.reconstruct import Paths, mlp_names
 from edgeprune.refit import (
     Mode,
     Outcome,
@@ -68,7 +70,8 @@ class Settings:
         method: importance method, `name` or `name:argument`.
         allocation: `name` or `name:argument`.
         refit: how o_proj and down_proj learn to do without what goes: "least-squares" fits their kept weights,
-            "intercept" these and a bias, "bias" the bias alone, "none" nothing.
+            "reconstruct" these and then the whole MLP, "intercept" them and a bias, "bias" the bias alone, "none"
+            nothing.
         align: kept channel counts are multiples of it.
         min_channels: no MLP keeps fewer channels.
         gradient_sequences: how many calibration sequences the loss gradients see.
@@ -191,6 +194,8 @@ def make_plan(
     decoder, journal = Decoder.of(model), Journal() if journal is None else journal
     ranks = Ranks() if ranks is None else ranks
     settings.check_for(decoder.config.model_type)
+    if settings.refit == "reconstruct":
+        mlp_names(decoder.config.model_type, [group for group in decoder.groups if group.layer == 0])
     if with_moments is None:
         with_moments = settings.refit != "none"
     stats = gather(
@@ -391,7 +396,10 @@ def apply_plan(
     model: PreTrainedModel | Decoder,
     plan: PrunePlan,
     moments: Mapping[str, Moments],
+    calibration: Calibration | None = None,
     *,
+    dtype: torch.dtype = torch.float32,
+    step_tokens: int = BATCH_TOKENS,
     journal: Journal | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Outcome]:
@@ -401,16 +409,24 @@ def apply_plan(
         model: the dense model; a streamed one reads its cut blocks from the journal afterwards.
         plan: what stays.
         moments: moments of the inputs of its Linears that read units; empty if the plan refits nothing.
+        calibration: the tokens that the refit "reconstruct" reads; the other modes know enough by the moments.
+        dtype: of the matrix products of that refit.
+        step_tokens: tokens that go through a block at once there.
         journal: remembers every block that is cut; in memory by default.
         progress: told of every block.
 
     Returns:
-        Name of each refitted Linear -> how that went.
+        Name of each refitted Linear, and of each reconstructed MLP -> how that went.
     """
     decoder, journal = Decoder.of(model), Journal() if journal is None else journal
     groups, mode = decoder.groups, parse_mode(plan.refit)
     check_keep(groups, plan.keep)
     kinds = _narrowed_kinds(groups, plan.keep)
+    narrowed = sorted({group.layer for group in groups if _is_narrowed(group, plan.keep)})
+    paths = None
+    if mode == "reconstruct" and narrowed:
+        assert calibration is not None, "a reconstruction needs the calibration tokens"
+        paths = Paths(decoder, calibration.ids, dtype, journal, step_tokens=step_tokens)
     outcomes: dict[str, Outcome] = {}
     for layer, members in itertools.groupby(groups, lambda group: group.layer):
         progress("refit and cut", layer, decoder.layers)
@@ -422,10 +438,19 @@ def apply_plan(
                 carry_intercepts(decoder.model, of_layer, mode, kinds)
                 shrink_blocks(decoder.model, of_layer, plan.keep)
             else:
-                journal.put(step, _cut_block(decoder, layer, of_layer, plan, mode, kinds, moments))
+                if paths is not None:
+                    paths.advance_dense(layer)
+                reconstruct = None if paths is None else partial(paths.fit, layer, is_first=layer == narrowed[0])
+                journal.put(step, _cut_block(decoder, layer, of_layer, plan, mode, kinds, moments, reconstruct))
             names = decoder.blocks[layer].state_dict()
             decoder.read_from(layer, {name: partial(journal.tensor, step, name) for name in names})
             outcomes |= {name: Outcome(**facts) for name, facts in journal.facts(step).items()}
+        elif paths is not None and layer < narrowed[-1] and f"path-{layer}" not in journal:
+            paths.advance_dense(layer)
+            paths.advance_pruned(layer, is_first=layer < narrowed[0])
+            journal.put(f"path-{layer}", Entry())
+        if paths is not None:
+            paths.forget(layer)
         if journal.folder is not None:
             journal.forget(*(moments_entry(group.inner.module) for group in of_layer if group.kind != "kv_heads"))
     progress("refit and cut", decoder.layers, decoder.layers)
@@ -473,6 +498,7 @@ def _cut_block(
     mode: Mode,
     kinds: Collection[Kind],
     moments: Mapping[str, Moments],
+    reconstruct: Callable[[torch.nn.Module, Sequence[Group]], tuple[str, Outcome]] | None,
 ) -> Entry:
     """The tensors of a block, refitted and cut in place, and how the refit of each Linear went."""
     outcomes = {}
@@ -485,6 +511,9 @@ def _cut_block(
             linear = linear_of(decoder.model, name)
             outcomes[name] = asdict(refit_linear(linear, group, kept(plan.keep, group), moments[name], mode))
         shrink_blocks(decoder.model, groups, plan.keep)
+        if reconstruct is not None:
+            name, outcome = reconstruct(block, groups)
+            outcomes[name] = asdict(outcome)
         tensors = {name: tensor.detach() for name, tensor in block.state_dict().items()}
         for name, tensor in tensors.items():
             check_finite("the refitted model", decoder.prefix(layer) + name, tensor)

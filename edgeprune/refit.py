@@ -35,8 +35,9 @@ from edgeprune.shrink import LinearShape, linear_of
 from edgeprune.statistics import Moments
 from edgeprune_runtime.errors import EdgepruneError
 
-Mode = Literal["none", "least-squares", "intercept", "bias"]
-"""What is refitted: nothing; the kept weights; these and an intercept; the intercept alone."""
+Mode = Literal["none", "least-squares", "reconstruct", "intercept", "bias"]
+"""What is refitted: nothing; the kept weights; these, and then the whole MLP (`edgeprune.reconstruct`); the kept
+weights and an intercept; the intercept alone."""
 
 RIDGES = (1e-3, 1e-2, 1e-1, 0.5)
 """lam as a share of the mean diagonal of H, to choose from: little text wants much of it."""
@@ -106,7 +107,7 @@ def refit(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor, mo
     directions = _directions(len(weight))
     removed = weight[:, sides[1]].double()
     judged = _along(directions, removed)
-    damping = DAMPING if mode in ("least-squares", "intercept") else None
+    damping = DAMPING if mode in ("least-squares", "reconstruct", "intercept") else None
     is_accepted = mode != "none"
     before: float | None = None
     after: float | None = None

@@ -88,13 +88,15 @@ def compress(
         ),
     ] = None,
     refit: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="MODE",
-            help="Of o_proj and down_proj: least-squares, intercept (and a bias), bias (alone), none.",
+            help="Of o_proj and down_proj: least-squares; reconstruct (then the whole MLP); intercept (and a bias), "
+            f"bias (alone), none; {_of_presets('refit')}",
+            show_default=False,
             rich_help_panel=PRUNING,
         ),
-    ] = "least-squares",
+    ] = None,
     heads: Annotated[
         str,
         typer.Option(
@@ -228,6 +230,7 @@ def compress(
     given = {
         "method": method,
         "allocation": allocation,
+        "refit": refit,
         "calibration_sequences": calibration_sequences,
         "calibration_tokens": calibration_tokens,
         "gradient_sequences": gradient_sequences,
@@ -240,7 +243,7 @@ def compress(
         preset=preset,
         method=chosen.method,
         allocation=chosen.allocation,
-        refit=refit,
+        refit=chosen.refit,
         heads=heads,
         align=align,
         min_channels=min_channels,
@@ -365,6 +368,9 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                     decoder,
                     plan,
                     stats.moments,
+                    gathered,
+                    dtype=dtype,
+                    step_tokens=footprint.step_tokens,
                     journal=journal,
                     progress=lambda phase, done, total: step("", done / total),
                 )
@@ -423,7 +429,7 @@ def _with_estimates(
     )
     chosen = chosen_preset(options.preset, {name: getattr(options, name) for name in PRESETS[options.preset].values()})
     presets = dict(PRESETS) | {options.preset: chosen}
-    seconds = {name: estimate_seconds(each, pace, refits=settings.refit != "none") for name, each in presets.items()}
+    seconds = {name: estimate_seconds(each, pace) for name, each in presets.items()}
     data = dict(report.data) | {"preset": options.preset, "estimated_seconds": seconds}
     return replace(report, tables=(*report.tables, preset_table(presets, seconds, options.preset)), data=data)
 

@@ -118,6 +118,7 @@ def fit_memory(
         graded=graded_sequences(options, settings),
         journal_in_memory=options.dry_run,
         searches=settings.reads_moments,
+        reconstructs=settings.refit == "reconstruct" and not options.dry_run,
     )
     return fit(Sizes.of(decoder, options.calibration_sequences, options.calibration_tokens), work, limit_bytes)
 

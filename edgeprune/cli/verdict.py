@@ -85,14 +85,15 @@ def with_refit(report: Report, outcomes: Mapping[str, Outcome]) -> Report:
     worst = max(outcomes, key=lambda name: outcomes[name].error)
     table = Table(
         REFIT_TABLE,
-        ("Linears", "accepted", "ridge", "held out, plain cut", "held out, refitted", "all tokens"),
+        ("Linears and MLPs", "accepted", "ridge", "held out, before", "held out, after", "all tokens"),
         (
             *(_refit_row(f"{kind}, mean of {len(of_kind)}", of_kind) for kind, of_kind in kinds.items()),
             _refit_row(f"worst: {worst}", [outcomes[worst]]),
         ),
         notes=(
-            "errors: share of the full Linear's output energy that is lost on calibration text; a refit is accepted "
-            "where the held-out one falls",
+            "errors: share of the full Linear's output energy that is lost on calibration text (of an MLP: of what it "
+            "should add for the block to give what the dense one gives); a refit is accepted where the held-out one "
+            "falls",
         ),
     )
     return replace(report, tables=(*report.tables, table), data=data)

@@ -346,8 +346,8 @@ def test_report_says_what_the_refit_did(done: tuple[Path, Outcome]) -> None:
     report = report_of(done[0])
     (table,) = (table for table in report["tables"] if table["title"] == "What the refit did")
     *kinds, worst = table["rows"]
-    assert {row["Linears"].partition(",")[0] for row in kinds} <= {"o_proj", "down_proj"}
-    assert worst["Linears"].startswith("worst: model.layers.")
+    assert {row["Linears and MLPs"].partition(",")[0] for row in kinds} <= {"o_proj", "down_proj"}
+    assert worst["Linears and MLPs"].startswith("worst: model.layers.")
     outcomes = report["data"]["refit"]
     assert worst["all tokens"] == max(outcome["error"] for outcome in outcomes.values())
     for outcome in outcomes.values():

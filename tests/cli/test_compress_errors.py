@@ -63,7 +63,7 @@ SMALL = (
     [
         (("--method", "wandasp"), "did you mean 'wanda-sp'?"),
         (("--preset", "slow"), "unknown --preset 'slow'; expected fast, balanced, best"),
-        (("--refit", "some"), "unknown refit 'some'; expected none, least-squares, intercept, bias"),
+        (("--refit", "some"), "unknown refit 'some'; expected none, least-squares, reconstruct, intercept, bias"),
         (("--allocation", "unifrom"), "did you mean 'uniform'?"),
         (("--heads", "some"), "unknown --heads 'some'"),
         (("--ratio", "0"), "ratio 0 is out of range"),

@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from edgeprune.estimate import BACKWARD, Pace, estimate_seconds
+from edgeprune.estimate import BACKWARD, PATHS, PRODUCTS, Pace, estimate_seconds
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
+from edgeprune.reconstruct import EPOCHS
 
 SIZES = Sizes(
     outside_bytes=0,
     outside_parameters=0,
     block_bytes=0,
     block_parameters=1000,
+    mlp_parameters=700,
     blocks_bytes=0,
     layers=5,
     hidden_size=16,
@@ -21,7 +23,7 @@ SIZES = Sizes(
     sequences=8,
     length_tokens=50,
 )
-PLAIN = Preset("", "wanda-sp", "protect", 64, 100, 32)
+PLAIN = Preset("", "wanda-sp", "protect", "least-squares", 64, 100, 32)
 PACE = Pace(forward=1e-3, backward=3e-3, solve=2.0)
 
 
@@ -40,7 +42,7 @@ def test_what_was_not_measured_is_a_multiple_of_what_was() -> None:
 
 
 def test_time_of_a_preset_without_gradients() -> None:
-    assert estimate_seconds(PLAIN, PACE, refits=False) == pytest.approx(6.4)
+    assert estimate_seconds(replace(PLAIN, refit="none"), PACE) == pytest.approx(6.4)
     assert estimate_seconds(PLAIN, PACE) == pytest.approx(6.4 + 5 * 2.0)
 
 
@@ -49,6 +51,15 @@ def test_gradients_count_for_the_sequences_that_they_see() -> None:
     plain = estimate_seconds(PLAIN, PACE)
     assert estimate_seconds(graded, PACE) == pytest.approx(plain + 3e-3 * 32 * 100)
     assert estimate_seconds(replace(graded, gradient_sequences=500), PACE) == pytest.approx(plain + 3e-3 * 64 * 100)
+
+
+def test_a_reconstruction_takes_time_for_every_token() -> None:
+    extra = [
+        estimate_seconds(replace(preset, refit="reconstruct"), PACE) - estimate_seconds(preset, PACE)
+        for preset in (PLAIN, replace(PLAIN, calibration_sequences=128))
+    ]
+    assert extra[0] == pytest.approx((PATHS + PRODUCTS * EPOCHS) * 6.4)
+    assert extra[1] == pytest.approx(2 * extra[0])
 
 
 def test_a_search_takes_its_rounds_or_its_minutes() -> None:

@@ -18,6 +18,7 @@ SEVEN = Sizes(  # Llama-7B in bfloat16, 64 x 512 tokens
     outside_parameters=2 * 32000 * 4096,
     block_bytes=2 * 202_383_360,
     block_parameters=202_383_360,
+    mlp_parameters=135_266_304,
     blocks_bytes=32 * 2 * 202_383_360,
     layers=32,
     hidden_size=4096,
@@ -28,9 +29,12 @@ SEVEN = Sizes(  # Llama-7B in bfloat16, 64 x 512 tokens
 )
 
 
-def work(method: str = "wanda-sp", dtype: torch.dtype = torch.bfloat16, refits: bool = True) -> Work:
+def work(
+    method: str = "wanda-sp", dtype: torch.dtype = torch.bfloat16, refits: bool = True, reconstructs: bool = False
+) -> Work:
     parsed = Method.parse(method)
-    return Work(parsed, refits, dtype, graded=32 if parsed.reads_gradients else 0)
+    graded = 32 if parsed.reads_gradients else 0
+    return Work(parsed, refits, dtype, graded, reconstructs=reconstructs)
 
 
 def fitted(limit: float, *arguments: Any, **options: Any) -> Footprint:
@@ -43,6 +47,15 @@ def test_seven_billion_parameters_are_pruned_in_six_gigabytes() -> None:
     assert not footprint.keeps_blocks
     assert footprint.step_tokens == BATCH_TOKENS
     assert 15 * GB < footprint.scratch_bytes < 25 * GB
+
+
+def test_seven_billion_parameters_are_reconstructed_in_six_gigabytes() -> None:
+    footprint = fitted(6 * GB, reconstructs=True)
+    assert footprint.peak_bytes < 6 * GB
+    assert footprint.scratch_bytes > fitted(6 * GB).scratch_bytes
+    wide = replace(SEVEN, mlp_parameters=3 * SEVEN.mlp_parameters)
+    with pytest.raises(EdgepruneError, match=r"the reconstruction of a block takes .* use --refit least-squares"):
+        fit(wide, work(reconstructs=True), 6 * GB)
 
 
 def test_need_does_not_grow_with_the_number_of_blocks() -> None:

@@ -1,0 +1,292 @@
+"""Block reconstruction: the MLP of a cut block is fitted until the block gives what the dense model's block gives.
+
+After BRECQ (arXiv 2102.05426), which does so for quantised blocks. A closed-form refit can only mend the Linear that
+reads the units, and only for the inputs that the dense model would give it. Here gate, up and down learn together, from
+the inputs that the block has in the pruned model, so that each block also makes up for what the blocks before it lost:
+
+    dense path    x_{l+1} = block_l(x_l)                           the block as it was
+    pruned path   z_{l+1} = rest_l(z_l) + mlp_l(h_l)               the block as it is cut and refitted
+    target        t_l     = x_{l+1} - rest_l(z_l)                  what the MLP would have to add
+    fit           min over the MLP's weights of  mean_tokens ||mlp_l(h_l) - t_l||^2,   h_l read on the pruned path
+
+by Adam on shuffled tokens, from where the closed-form refit has left the weights. No gradient passes from one block to
+another and no more than one block is in memory, so this works for a model of any size. The sequences kept aside judge:
+where they are not hit better than before, the block keeps its closed-form refit.
+
+Why not in closed form: with targets of the dense path, a least-squares fit of down_proj alone makes the whole model
+worse than its own targets do. The MLP as a whole can follow them.
+
+What flows between the blocks are rows of the journal (`dense-L`, `pruned-L`), as in `statistics`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from edgeprune.configs import architecture
+from edgeprune.groups import Group
+from edgeprune.journal import Journal, Rows
+from edgeprune.refit import Outcome
+from edgeprune.statistics import BATCH_TOKENS, held_out
+from edgeprune.streaming import Decoder, Pass
+from edgeprune_runtime.errors import EdgepruneError
+
+EPOCHS = 4
+"""How often every token is seen."""
+
+STEP_TOKENS = 1024
+"""Tokens of one step of Adam."""
+
+SHUFFLED_TOKENS = 16384
+"""Tokens of random sequences that are in memory at once, shuffled among each other: steps of whole sequences are too
+much alike, and end at a worse fit."""
+
+LEARNING_RATE = 0.005
+"""Largest step of a weight, as a share of the root mean square of its matrix."""
+
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate rises; it falls to nothing along a cosine in the others."""
+
+SEED = 0
+
+BETAS = (0.9, 0.99)
+"""Adam's memory: a few hundred steps are too few for its usual 0.999."""
+
+
+class Paths:
+    """The hidden states of the calibration sequences on both paths, block by block."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ids: torch.Tensor,
+        dtype: torch.dtype,
+        journal: Journal,
+        *,
+        step_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            decoder: the dense model, of which no block is cut yet (or those that the journal remembers).
+            ids: calibration tokens `(N, T)` int64.
+            dtype: of the matrix products.
+            journal: keeps the hidden states.
+            step_tokens: tokens that go through a block at once.
+        """
+        self._decoder = decoder
+        self._ids = ids
+        self._dtype = dtype
+        self._journal = journal
+        self._fitting = len(ids) - len(held_out(ids))
+        step = max(1, step_tokens // ids.shape[1])
+        self._steps = [slice(first, min(first + step, len(ids))) for first in range(0, len(ids), step)]
+        self._pass = Pass(decoder, ids, dtype)
+
+    def advance_dense(self, layer: int) -> None:
+        """Run a dense block on the dense path; before the first one, embed the sequences."""
+        source, output = self._rows("dense", layer), self._rows("dense", layer + 1)
+        if layer == 0:
+            with self._decoder.outside(torch.float32):
+                for rows in self._steps:
+                    source[rows] = self._decoder.embed(self._ids[rows])[0]
+        with self._decoder.block(layer, self._pass.weights_dtype) as block:
+            self._run(layer, block, source, output)
+        output.flush()
+
+    def advance_pruned(self, layer: int, *, is_first: bool) -> None:
+        """Run a block that stays whole on the pruned path, which is the dense one up to the first cut."""
+        if is_first:
+            return
+        output = self._rows("pruned", layer + 1)
+        with self._decoder.block(layer, self._pass.weights_dtype) as block:
+            self._run(layer, block, self._rows("pruned", layer), output)
+        output.flush()
+
+    def fit(self, layer: int, block: nn.Module, groups: Sequence[Group], *, is_first: bool) -> tuple[str, Outcome]:
+        """Fit the MLP of a cut block, in place, and go one block on along the pruned path.
+
+        Args:
+            layer: its number; `advance_dense` has run it.
+            block: the block, cut and refitted.
+            groups: its groups.
+            is_first: it is the first one that is cut, so that it reads the dense path.
+
+        Returns:
+            Name of the MLP, and how the fit went.
+        """
+        names = mlp_names(self._decoder.config.model_type, groups)
+        mlp = nn.Sequential(*(block.get_submodule(name) for name in names))
+        read, target = self._rows("read", layer, self._dtype), self._rows("target", layer)
+        source = self._rows("dense" if is_first else "pruned", layer)
+        energy = self._find_targets(layer, block, mlp, source, read, target)
+        fitted = copy.deepcopy(mlp).float()
+        before = self._missed(fitted, read, target)
+        _fit(fitted, self._batches(read, target), self._steps_in_all, energy, self._autocast)
+        after = self._missed(fitted, read, target)
+        is_accepted = after[1] < before[1]
+        if is_accepted:
+            mlp.load_state_dict(fitted.state_dict())  # copies, in the block's own precision
+        self._go_on(mlp, layer, read, target)
+        self._journal.forget(f"read-{layer}", f"target-{layer}")
+        outcome = Outcome(
+            damping=None,
+            is_accepted=is_accepted,
+            held_out_error_before=before[1],
+            held_out_error=after[1],
+            error=(after if is_accepted else before)[0],
+        )
+        return f"{self._decoder.prefix(layer)}{names[0]}", outcome
+
+    def forget(self, layer: int) -> None:
+        """Drop what no later block reads, once this one is remembered."""
+        self._journal.forget(f"dense-{layer}", f"pruned-{layer}")
+
+    def _find_targets(
+        self, layer: int, block: nn.Module, mlp: nn.Sequential, source: Rows, read: Rows, target: Rows
+    ) -> float:
+        """What the MLP of a cut block reads on the pruned path, and what it would have to give.
+
+        Returns:
+            Mean over the tokens of the squared norm of the latter.
+        """
+        weights = self._pass.weights_dtype
+        if weights is not None and next(block.parameters()).dtype != weights:
+            # hooks go with the modules that run, so the copy is looked at
+            block, mlp = copy.deepcopy((block, mlp))
+            block.to(weights)
+        seen: dict[str, torch.Tensor] = {}
+        hooks = [
+            mlp[0].register_forward_pre_hook(lambda _module, inputs: seen.update(x=inputs[0])),
+            mlp[-1].register_forward_hook(lambda _module, _inputs, output: seen.update(y=output)),
+        ]
+        dense, energy = self._rows("dense", layer + 1), 0.0
+        try:
+            with torch.no_grad():
+                for rows in self._steps:
+                    output = self._pass.run(layer, block, source[rows])
+                    shape = output.shape
+                    read[rows] = seen["x"].reshape(shape)
+                    wanted = dense[rows] - output + seen["y"].float().reshape(shape)
+                    target[rows] = wanted
+                    energy += float(wanted.square().sum(dtype=torch.float64))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return energy / self._ids.numel()
+
+    def _go_on(self, mlp: nn.Module, layer: int, read: Rows, target: Rows) -> None:
+        """The pruned path behind the block: what the dense path has there, short of what the MLP misses."""
+        dense, output = self._rows("dense", layer + 1), self._rows("pruned", layer + 1)
+        final = copy.deepcopy(mlp).to(self._pass.weights_dtype)
+        with torch.no_grad():
+            for rows in self._steps:
+                output[rows] = dense[rows] - target[rows] + self._given(final, read[rows])
+        output.flush()
+
+    def _missed(self, mlp: nn.Module, read: Rows, target: Rows) -> tuple[float, float]:
+        """Share of the targets' energy that an MLP misses: of all tokens, and of those kept aside."""
+        sums = torch.zeros(2, 2, dtype=torch.float64)
+        with torch.no_grad():
+            for rows in self._steps:
+                wanted = target[rows]
+                missed = (self._given(mlp, read[rows]) - wanted).square().sum((1, 2))
+                energy = wanted.square().sum((1, 2))
+                of_rows = torch.stack([missed, energy], 1).double()
+                sums[0] += of_rows.sum(0)
+                sums[1] += of_rows[max(0, self._fitting - rows.start) :].sum(0)
+        shares = sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(torch.float64).tiny)
+        return float(shares[0]), float(shares[1])
+
+    def _given(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What an MLP gives, float32."""
+        with self._autocast():
+            output: torch.Tensor = mlp(x.to(next(mlp.parameters()).dtype))
+        return output.float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+
+    def _batches(self, read: Rows, target: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Shuffled tokens `(S, D)` of the sequences that are fitted, and their targets, for all epochs."""
+        generator = torch.Generator().manual_seed(SEED)
+        at_once = max(1, SHUFFLED_TOKENS // self._ids.shape[1])
+        for _ in range(EPOCHS):
+            sequences = torch.randperm(self._fitting, generator=generator).tolist()
+            for begin in range(0, len(sequences), at_once):
+                rows = [slice(number, number + 1) for number in sequences[begin : begin + at_once]]
+                x, wanted = (torch.cat([part[row] for row in rows]).flatten(0, 1) for part in (read, target))
+                for tokens in torch.randperm(len(x), generator=generator).split(STEP_TOKENS):
+                    yield x[tokens], wanted[tokens]
+
+    @property
+    def _steps_in_all(self) -> int:
+        at_once = max(1, SHUFFLED_TOKENS // self._ids.shape[1])
+        whole, rest = divmod(self._fitting, at_once)
+        steps = [-(-count * self._ids.shape[1] // STEP_TOKENS) for count in (at_once, rest)]
+        return EPOCHS * (whole * steps[0] + steps[1])
+
+    def _run(self, layer: int, block: nn.Module, source: Rows, output: Rows) -> None:
+        with torch.no_grad():
+            for rows in self._steps:
+                output[rows] = self._pass.run(layer, block, source[rows])
+
+    def _rows(self, name: str, layer: int, dtype: torch.dtype = torch.float32) -> Rows:
+        shape = (*self._ids.shape, self._decoder.config.hidden_size)
+        return self._journal.rows(f"{name}-{layer}", shape, dtype)
+
+
+def mlp_names(model_type: str, groups: Sequence[Group]) -> Sequence[str]:
+    """Modules of a block, by their names in it, that one after the other are its MLP and are added to the rest.
+
+    An architecture names them (`MLP`) where they are more than the one module around the Linear that reads channels.
+
+    Raises:
+        EdgepruneError: if there is no such module.
+    """
+    named: Sequence[str] = getattr(architecture(model_type), "MLP", ())
+    if named:
+        return named
+    (inner,) = (group.inner.module for group in groups if group.kind == "channels")
+    _, _, inside = inner.partition(f".{groups[0].layer}.")
+    parent = inside.rpartition(".")[0]
+    if not parent:
+        raise EdgepruneError(
+            f"refit reconstruct cannot tell what the MLP of a {model_type} block is; expected least-squares or none"
+        )
+    return (parent,)
+
+
+def rate_share(step: int, *, steps: int) -> float:
+    """Share of the largest learning rate in a step: a linear rise, and a cosine to zero."""
+    return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _fit(
+    mlp: nn.Module,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    energy: float,
+    products: Callable[[], torch.autocast],
+) -> None:
+    """Fit the matrices and biases of an MLP to its targets of this mean energy, in place."""
+    mlp.requires_grad_(True)
+    rates = [LEARNING_RATE * float(p.detach().square().mean().sqrt()) for p in mlp.parameters()]
+    optimizer = torch.optim.Adam(
+        [{"params": [p], "lr": rate} for p, rate in zip(mlp.parameters(), rates, strict=True)], betas=BETAS
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_share, steps=steps))
+    for x, wanted in batches:
+        with products():
+            given = mlp(x.float())
+        # Adam does not see the scale of a loss, but for its epsilon
+        loss = (given.float() - wanted).square().sum(1).mean() / energy
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    mlp.requires_grad_(False)

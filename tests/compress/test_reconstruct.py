@@ -1,0 +1,178 @@
+"""Block reconstruction: its paths are those of the models, its fit is what a plain loop finds, and may be refused."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuts import groups_of
+from toys import toy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edgeprune import reconstruct
+from edgeprune.calibration import Calibration
+from edgeprune.journal import Journal
+from edgeprune.plan import PrunePlan
+from edgeprune.pruning import Settings, apply_plan, make_plan
+from edgeprune.reconstruct import mlp_names
+from edgeprune.statistics import Stats
+
+FAMILIES = ["llama", "llama-bias", "qwen3"]
+
+
+def calibration(sequences: int = 32, length: int = 24) -> Calibration:
+    ids = torch.randint(3, 97, (sequences, length), generator=torch.Generator().manual_seed(1))
+    return Calibration(ids, "test", 0, "")
+
+
+def planned(model: Any, tokens: Calibration, **changes: Any) -> tuple[PrunePlan, Stats]:
+    settings = Settings(0.2, refit="reconstruct", align=4, min_channels=8, **changes)
+    return make_plan(model, "toy", tokens, settings)
+
+
+def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What enters each block, and what leaves the last."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        block.register_forward_hook(
+            lambda _m, _i, output: seen.append(output if torch.is_tensor(output) else output[0])
+        )
+        for block in model.model.layers
+    ]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+class Remembering(Journal):
+    """A journal that forgets nothing."""
+
+    def forget(self, *names: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_paths_are_the_hidden_states_of_the_dense_and_of_the_pruned_model(name: str) -> None:
+    model, tokens = toy(name, num_hidden_layers=4, intermediate_size=96), calibration()
+    plan, stats = planned(model, tokens, allocation="protect:1,1")
+    expected = hidden_states(model, tokens.ids)
+    journal = Remembering()
+    apply_plan(model, plan, stats.moments, tokens, journal=journal)
+    shape = (*tokens.ids.shape, model.config.hidden_size)
+    found = hidden_states(model, tokens.ids)
+    for layer in range(3):  # the last block stays whole: nobody asks what enters it
+        dense = journal.rows(f"dense-{layer + 1}", shape, torch.float32)[0:32]
+        torch.testing.assert_close(dense, expected[layer], rtol=1e-4, atol=1e-4)
+        if layer > 0:
+            pruned = journal.rows(f"pruned-{layer + 1}", shape, torch.float32)[0:32]
+            torch.testing.assert_close(pruned, found[layer], rtol=1e-4, atol=1e-4)
+
+
+def test_fit_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "EPOCHS", 12)
+    monkeypatch.setattr(reconstruct, "STEP_TOKENS", 10_000)  # all tokens in every step, so that no order matters
+    model, tokens = toy("llama", intermediate_size=96), calibration()
+    plan, stats = planned(copy.deepcopy(model), tokens)
+    dense, closed = copy.deepcopy(model), copy.deepcopy(model)
+    apply_plan(closed, replace(plan, refit="least-squares"), stats.moments)
+    apply_plan(model, plan, stats.moments, tokens)
+    first = next(layer for layer in range(3) if closed.model.layers[layer].mlp.up_proj.out_features < 96)
+
+    mlp = closed.model.layers[first].mlp
+    read: list[torch.Tensor] = []
+    hook = mlp.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
+    of_closed = hidden_states(closed, tokens.ids[:28])[first]
+    hook.remove()
+    with torch.no_grad():
+        target = hidden_states(dense, tokens.ids[:28])[first] - of_closed + mlp(read[0])
+    energy = float(target.square().sum(-1).mean())
+    weights = [weight.detach().clone().requires_grad_() for weight in mlp.parameters()]
+    rates = [reconstruct.LEARNING_RATE * float(weight.detach().square().mean().sqrt()) for weight in weights]
+    means, squares = ([torch.zeros_like(weight) for weight in weights] for _ in "ab")
+    for step in range(12):
+        gate, up, down = weights
+        x = read[0]
+        given = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        loss = (given - target).square().sum(-1).mean() / energy
+        share = min(1, (step + 1) / 1.2) * (1 + math.cos(math.pi * step / 12)) / 2
+        for i, gradient in enumerate(torch.autograd.grad(loss, weights)):
+            means[i] = 0.9 * means[i] + 0.1 * gradient
+            squares[i] = 0.99 * squares[i] + 0.01 * gradient**2
+            mean, square = means[i] / (1 - 0.9 ** (step + 1)), squares[i] / (1 - 0.99 ** (step + 1))
+            with torch.no_grad():
+                weights[i] -= rates[i] * share * mean / (square.sqrt() + 1e-8)
+    for weight, before, found in zip(
+        weights, mlp.parameters(), model.model.layers[first].mlp.parameters(), strict=True
+    ):
+        torch.testing.assert_close(found - before, weight.detach() - before, rtol=0.02, atol=2e-5)
+
+
+def test_fit_that_does_not_help_on_the_tokens_kept_aside_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruct, "LEARNING_RATE", 50.0)
+    model, tokens = toy("llama", intermediate_size=96), calibration()
+    closed = copy.deepcopy(model)
+    plan, stats = planned(model, tokens)
+    outcomes = apply_plan(model, plan, stats.moments, tokens)
+    apply_plan(closed, replace(plan, refit="least-squares"), stats.moments)
+    mlps = [outcome for name, outcome in outcomes.items() if name.endswith(".mlp")]
+    assert mlps
+    assert not any(outcome.is_accepted for outcome in mlps)
+    for found, expected in zip(model.parameters(), closed.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_blocks_that_stay_whole_keep_their_weights() -> None:
+    model, tokens = toy("llama", num_hidden_layers=5, intermediate_size=96), calibration()
+    plan, stats = planned(model, tokens, allocation="protect:1,1")
+    before = copy.deepcopy(model.model.layers)
+    outcomes = apply_plan(model, plan, stats.moments, tokens)
+    for layer in (0, 4):
+        assert f"model.layers.{layer}.mlp" not in outcomes
+        for found, expected in zip(model.model.layers[layer].parameters(), before[layer].parameters(), strict=True):
+            assert torch.equal(found, expected)
+    assert "model.layers.2.mlp" in outcomes
+
+
+def test_stored_half_precision_stays() -> None:
+    tokens = calibration()
+    for products in (torch.float32, torch.bfloat16):
+        model = toy("llama", intermediate_size=96).to(torch.bfloat16)
+        plan, stats = planned(model, tokens)
+        apply_plan(model, plan, stats.moments, tokens, dtype=products)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert torch.isfinite(model(tokens.ids).logits).all()
+
+
+def test_an_mlp_is_the_module_around_what_reads_channels_or_what_the_architecture_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = [group for group in groups_of(toy("llama")) if group.layer == 1]
+    assert tuple(mlp_names("llama", groups)) == ("mlp",)
+    monkeypatch.setattr("edgeprune.architectures.llama.MLP", ("mlp.a", "mlp.b"), raising=False)
+    assert tuple(mlp_names("llama", groups)) == ("mlp.a", "mlp.b")
+
+
+@pytest.mark.slow
+def test_on_a_trained_model_it_wins_what_the_closed_form_leaves(stories260k: Path, data_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    lines = (data_folder / "text" / "tinystories_train_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = torch.tensor([token for line in lines for token in tokenizer(json.loads(line)["text"]).input_ids])
+    windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
+    fitting, judging = windows[: len(windows) // 2], windows[len(windows) // 2 :][:64]
+    text = Calibration(fitting, "stories", 0, "")
+    settings = Settings(0.2, allocation="uniform", align=4, min_channels=16)
+    plan, stats = make_plan(copy.deepcopy(model), "stories", text, settings)
+    losses = {}
+    for mode in ("least-squares", "reconstruct"):
+        smaller = copy.deepcopy(model)
+        apply_plan(smaller, replace(plan, refit=mode), stats.moments, text)
+        with torch.no_grad():
+            losses[mode] = float(smaller(judging, labels=judging).loss)
+    assert losses["reconstruct"] < losses["least-squares"] - 0.02
