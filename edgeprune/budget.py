@@ -120,6 +120,11 @@ class Layer:
         }
 
 
+def any_counts(kv_heads: int, heads: int) -> bool:
+    """Every layer may keep any counts of heads, as a checkpoint can say those of each layer."""
+    return True
+
+
 @dataclass(frozen=True)
 class Problem:
     """What an allocation decides on.
@@ -132,6 +137,8 @@ class Problem:
         heads: how heads compete with channels: "auto" by lost score, "even" by the same share of both ("global" has
             no such share), "keep" not at all.
         largest_share: no MLP loses a larger share of its channels than this, and no attention of its parameters.
+        fits: whether layers may keep the counts of an attention choice (KV heads, query heads).
+        tolerance: how far from `remove` a cut with equal widths may end where several come near, in parameters.
         influence: of each layer, how much it turns the hidden state (see `statistics.Stats`); empty if unknown.
         judge: judges whole cuts; only for allocations that say `NEEDS_JUDGE`.
     """
@@ -144,6 +151,8 @@ class Problem:
     largest_share: float = 1.0
     influence: Sequence[float] = ()
     judge: "Judge | None" = None
+    fits: Callable[[int, int], bool] = any_counts
+    tolerance: float = math.inf
 
     def channel_cost(self, layer: Layer) -> int:
         """Parameters of one channel."""
@@ -159,7 +168,11 @@ class Problem:
     def attention_choices(self, layer: Layer) -> list[AttentionChoice]:
         """Attention choices that the layer may take, the uncut one first."""
         most = self.largest_share * layer.attention_parameters
-        return [choice for choice in layer.attention_choices if choice.parameters <= most]
+        return [
+            choice
+            for choice in layer.attention_choices
+            if choice.parameters <= most and self.fits(choice.kv_heads, choice.kv_heads * choice.heads_each)
+        ]
 
     def removable_from(self, layer: Layer) -> int:
         """Most parameters that can leave a layer."""
@@ -269,7 +282,7 @@ def cut_evenly(problem: Problem, chosen: Sequence[int], *, same_widths: bool) ->
     if not same_widths:
         candidates = [settle(problem, cut) for cut in candidates]
     misses = [abs(problem.remove - removed(problem, cut)) for cut in candidates]
-    reachable = max(min(misses), (sum(steps) if same_widths else max(steps)) / 2)
+    reachable = max(min(misses), min(problem.tolerance, (sum(steps) if same_widths else max(steps)) / 2))
     return min(
         (cut for cut, miss in zip(candidates, misses, strict=True) if miss <= reachable),
         key=lambda cut: lost_score(problem, cut),

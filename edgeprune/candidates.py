@@ -30,8 +30,8 @@ from torch.nn.functional import log_softmax
 from edgeprune.budget import Cut, Effect, Layer, Widths
 from edgeprune.groups import Group
 from edgeprune.journal import Entry, Journal
-from edgeprune.refit import refit, unit_columns
-from edgeprune.shrink import linear_of, shrink_blocks
+from edgeprune.refit import refit
+from edgeprune.shrink import linear_of, shrink_blocks, weight_of
 from edgeprune.statistics import HELD_OUT_EVERY, Moments, Progress
 from edgeprune.streaming import Decoder, Pass
 from edgeprune_runtime.errors import EdgepruneError
@@ -241,14 +241,14 @@ class Candidates:
     @torch.no_grad()
     def _refit(self, group: Group, units: tuple[int, ...]) -> None:
         """Put the refitted columns into the Linear that reads a group; every choice of units is fitted once."""
-        linear = linear_of(self._decoder.model, group.inner.module)
-        columns = unit_columns(group.inner, units)
+        weight = weight_of(linear_of(self._decoder.model, group.inner.module))
+        columns = torch.tensor(group.inner.lines(units))
         if (group.name, units) not in self._fitted:
             # the tokens that judge must not have been fitted on; and one ridge serves all, as choosing it for every
             # width would take longer than judging does
             moments = self._moments[group.inner.module].fitting()
-            self._fitted[group.name, units] = refit(linear.weight, moments, columns).weight.to(self._pass.dtype)
-        linear.weight[:, columns] = self._fitted[group.name, units].float()
+            self._fitted[group.name, units] = refit(weight, moments, columns).weight.to(self._pass.dtype)
+        weight[:, columns] = self._fitted[group.name, units].float()
 
     def _forget_fitted(self, cut: Cut, options: Mapping[int, Sequence[Widths]]) -> None:
         """Drop what was fitted for other widths than those of a candidate and of its options."""

@@ -15,9 +15,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, cast
@@ -26,30 +25,35 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from edgeprune import modeling_edgeprune
 from edgeprune.configs import (
     CONFIG_ERRORS,
     CONFIG_FILE,
+    LAYOUT_KEY,
     UNSAFE_CONFIG_KEYS,
     architecture,
     load_config,
     one_line,
     quiet_global_reads,
+    unpacking,
 )
 from edgeprune.groups import LayerWidths
 from edgeprune.plan import PrunePlan
-from edgeprune.shrink import set_widths
-from edgeprune.streaming import Decoder, check_finite
+from edgeprune.shrink import linear_shapes, set_widths
+from edgeprune.streaming import Decoder, Reader, check_finite, model_groups
 from edgeprune.weights import (
     FLOATS,
     SAFETENSORS_FILE,
     SafetensorsWriter,
     TensorHeader,
+    Unpack,
     read_headers,
     read_json,
-    read_tensor,
-    tensor_files,
+    read_pickles,
+    tensor_readers,
     weight_files,
 )
 from edgeprune_runtime import output
@@ -65,8 +69,8 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 LOADING_KEYS = {"is_local", "local_files_only", "name_or_path"}  # how the tokenizer was loaded, not what it is
 
-# Llamas of old store the rotary frequencies of every layer; transformers passes over them too.
-IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
+# Llamas of old store the rotary frequencies of every layer, GPT families the causal masks; transformers computes both.
+IGNORED_TENSORS = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|(attn\.)?attention\.(masked_)?bias)$")
 
 # UnpicklingError: torch's answer to a pickle that wants to run code.
 LOAD_ERRORS = (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError, UnpicklingError)
@@ -96,8 +100,10 @@ def load_pruned(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTr
     """
     folder = Path(folder)
     config = load_config(folder)
+    if (unpack := unpacking(folder)) is not None:
+        return _load_unpacked(folder, config, unpack, dtype)
     headers = read_headers(folder)
-    model_class = _model_class(config)
+    model_class = class_of(config)
     _skeleton(folder, model_class, config, headers)  # refuses what does not belong together before memory is taken
     try:
         model, info = model_class.from_pretrained(
@@ -128,12 +134,44 @@ def open_decoder(folder: str | Path, *, keeps_blocks: bool = False) -> Decoder:
     """
     folder = Path(folder)
     config = load_config(folder)
-    headers = read_headers(folder)
+    unpack = unpacking(folder)
+    headers = read_headers(folder, unpack)
     if headers is None:
         raise EdgepruneError(f"{folder} holds torch pickles; expected safetensors, which can be read block by block")
-    model = _skeleton(folder, _model_class(config), config, headers)
-    files = tensor_files(folder)
-    stored = {_model_name(model, name): (file, name) for name, file in files.items()}
+    return _decoder(folder, config, headers, tensor_readers(folder, unpack), keeps_blocks=keeps_blocks)
+
+
+def _load_unpacked(folder: Path, config: PreTrainedConfig, unpack: Unpack, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model of a folder whose tensors have to be unpacked first."""
+    headers = read_headers(folder, unpack)
+    if headers is not None:
+        readers = tensor_readers(folder, unpack)
+    else:
+        _skeleton(folder, class_of(config), config, None)
+        try:
+            tensors = read_pickles(folder, unpack)
+            headers = {name: TensorHeader.of(tensor) for name, tensor in tensors.items()}
+        except LOAD_ERRORS as error:
+            raise EdgepruneError(f"cannot load the weights of {folder}: {one_line(error)}") from error
+        readers = {name: tensor.clone for name, tensor in tensors.items()}
+    decoder = _decoder(folder, config, headers, readers, keeps_blocks=True)
+    with decoder.whole() as model:
+        for parameter in model.parameters():  # and no buffer: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+        return model
+
+
+def _decoder(
+    folder: Path,
+    config: PreTrainedConfig,
+    headers: Mapping[str, TensorHeader],
+    tensors: Mapping[str, Reader],
+    *,
+    keeps_blocks: bool,
+) -> Decoder:
+    """Decoder of these tensors, by the names that they have in the folder; none of them is read yet."""
+    model = _skeleton(folder, class_of(config), config, headers)
+    stored = {name: in_folder for in_folder, name in _model_names(model, headers).items()}
     unused = sorted(name for name in stored if name not in model.state_dict() and not IGNORED_TENSORS.search(name))
     if unused:
         raise EdgepruneError(
@@ -143,19 +181,19 @@ def open_decoder(folder: str | Path, *, keeps_blocks: bool = False) -> Decoder:
     for tied, source in (model.all_tied_weights_keys or {}).items():  # either of two may be the one in the file
         if source not in stored:
             stored[source] = stored[tied]
-    dtypes = {name: FLOATS.get(headers[stored[name][1]].dtype) for name in model.state_dict() if name in stored}
+    dtypes = {name: FLOATS.get(headers[stored[name]].dtype) for name in model.state_dict() if name in stored}
     if strange := [name for name, dtype in dtypes.items() if dtype is None]:
         raise EdgepruneError(
-            f"{folder}: {strange[0]} is stored as {headers[stored[strange[0]][1]].dtype}; expected floats, prune "
+            f"{folder}: {strange[0]} is stored as {headers[stored[strange[0]]].dtype}; expected floats, prune "
             "before quantising"
         )
     with torch.device("meta"):
-        shapes = {name: torch.empty(headers[stored[name][1]].shape, dtype=dtypes[name]) for name in dtypes}
+        shapes = {name: torch.empty(headers[stored[name]].shape, dtype=dtypes[name]) for name in dtypes}
     model.load_state_dict(shapes, strict=False, assign=True)
     model.tie_weights()
     if (folder / GENERATION_CONFIG_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    readers = {name: partial(read_tensor, *place) for name, place in stored.items()}
+    readers = {name: tensors[in_folder] for name, in_folder in stored.items()}
     return Decoder(model, readers, keeps_blocks=keeps_blocks, name=str(folder))
 
 
@@ -170,7 +208,7 @@ def check_loaded(name: str | Path, model: PreTrainedModel, info: Mapping[str, An
         ("mismatched_keys", "has a wrong shape of"),
         ("unexpected_keys", "has a tensor that its config does not expect:"),
     ):
-        if found := sorted(map(str, info[key])):
+        if found := sorted(name for name in map(str, info[key]) if not IGNORED_TENSORS.search(name)):
             raise EdgepruneError(
                 f"{name} {what} {found[0]} ({len(found)} in all); config and weights do not belong together"
             )
@@ -255,7 +293,7 @@ def _write(
 
     notes: tuple[str, ...] = ()
     config, form = _config(model, widths)
-    stand_in = _stand_in(config) if form == "per-layer" and len(set(widths)) == 1 else None
+    stand_in = stand_in_config(config) if form == "per-layer" and len(set(widths)) == 1 else None
     if stand_in is not None:
         set_widths(stand_in, widths)
         _write_config(part, stand_in, "uniform")
@@ -264,16 +302,13 @@ def _write(
             stand_in = None
     if stand_in is not None:
         notes = (
-            f"saved with model_type {stand_in.model_type!r}, which computes the same (compared): stock "
-            f"{config.model_type!r} code refuses {widths[0].heads} heads at hidden_size {config.hidden_size}",
+            f"saved with model_type {stand_in.model_type!r}, which computes the same (compared): "
+            f"{_refused(config, widths)}",
         )
         config, form = stand_in, "uniform"
     else:
-        if form == "per-layer" and len(set(widths)) == 1:
-            notes = (
-                f"saved with per_layer_config although all layers are alike: stock {config.model_type!r} code refuses "
-                f"{widths[0].heads} heads at hidden_size {config.hidden_size}",
-            )
+        if form == "per-layer" and all(width.counts == widths[0].counts for width in widths):
+            notes = (f"saved with per_layer_config although all layers are alike: {_refused(config, widths)}",)
         _write_config(part, config, form)
         if difference := _difference(part, decoder):
             raise RuntimeError(f"the saved checkpoint does not equal the model: {difference}")
@@ -281,6 +316,14 @@ def _write(
         replace(plan, notes=(*plan.notes, *notes)).save(part)
     size_bytes = sum(file.stat().st_size for file in part.iterdir())
     return SavedCheckpoint(out, form, config.model_type, size_bytes, notes)
+
+
+def _refused(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> str:
+    """Why layers that are alike do not make a stock config, in words."""
+    heads, channels = widths[0].heads, widths[0].channels
+    fixed = set(widths[0].counts) - set(architecture(config.model_type).STOCK)
+    what = f"{heads} heads and {channels} channels" if "channels" in fixed else f"{heads} heads"
+    return f"stock {config.model_type!r} code refuses {what} at hidden_size {config.hidden_size}"
 
 
 def _drop_keys(file: Path, keys: set[str]) -> None:
@@ -299,14 +342,14 @@ def _config(
     return config, form
 
 
-def _stand_in(config: PreTrainedConfig) -> PreTrainedConfig | None:
+def stand_in_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """A config of the type that the architecture names as its stand-in, with the same sizes; None if it names none."""
     named = getattr(architecture(config.model_type), "STAND_IN", None)
     if named is None:
         return None
     model_type, settings = named
     data = config.to_dict()
-    for key in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access"):
+    for key in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access", LAYOUT_KEY):
         data.pop(key, None)
     stand_in: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(data | settings)
     return stand_in
@@ -360,7 +403,7 @@ def _difference(folder: Path, decoder: Decoder) -> str | None:
     return None if distance <= tolerance else f"logits differ by {distance:.3g}, {tolerance:.3g} allowed"
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def class_of(config: PreTrainedConfig) -> Any:
     """The stock class of a config's architecture, or the one whose layers may differ in width."""
     base = architecture(config.model_type).BASE
     if config.is_heterogeneous:
@@ -368,10 +411,22 @@ def _model_class(config: PreTrainedConfig) -> Any:
     return getattr(transformers, base)
 
 
-def _model_name(model: PreTrainedModel, stored_name: str) -> str:
-    """What the model calls a stored tensor: a file of the bare decoder lacks the prefix, transformers puts it there."""
-    prefixed = f"{model.base_model_prefix}.{stored_name}"
-    return prefixed if prefixed in model.state_dict() else stored_name
+def _model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """What the model calls each stored tensor.
+
+    As transformers does, old names are replaced (GPT-NeoX called its head embed_out), and the prefix is put before the
+    names of a bare decoder's file.
+    """
+    known = model.state_dict().keys()
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    names = {}
+    for in_folder in stored:
+        name = in_folder
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        prefixed = f"{model.base_model_prefix}.{name}"
+        names[in_folder] = prefixed if prefixed in known else name
+    return names
 
 
 def _skeleton(
@@ -387,6 +442,7 @@ def _skeleton(
             model: PreTrainedModel = model_class(copy.deepcopy(config))
     except CONFIG_ERRORS as error:
         raise EdgepruneError(f"{folder / CONFIG_FILE} describes no model: {one_line(error)}") from error
+    _check_slots(folder, model)
     if headers is None:
         _check_pickle_sizes(folder, model)
     else:
@@ -394,11 +450,29 @@ def _skeleton(
     return model
 
 
+def _check_slots(folder: Path, model: PreTrainedModel) -> None:
+    """Hold the groups that follow from a config against what its code builds, which may read other keys of it."""
+    lines: dict[tuple[str, str], int] = {}
+    groups = model_groups(model)
+    for group in groups:
+        for slot in group.slots:
+            key = (slot.module, slot.side)
+            lines[key] = lines.get(key, 0) + group.units * slot.size
+    shapes = linear_shapes(model, groups)
+    for (module, side), count in lines.items():
+        built = shapes[module].out_features if side == "out" else shapes[module].in_features
+        if built != count:
+            raise EdgepruneError(
+                f"{folder / CONFIG_FILE} leads to heads or channels of {count} {side} features in {module}, and "
+                f"{model.config.model_type} code builds {built}; its sizes do not belong together"
+            )
+
+
 def _check_shapes(folder: Path, model: PreTrainedModel, headers: Mapping[str, TensorHeader]) -> None:
     expected = model.state_dict()
     missing = set(expected) - set(model.all_tied_weights_keys or ())
-    for stored_name, header in headers.items():
-        name = _model_name(model, stored_name)
+    found = {name: headers[in_folder] for in_folder, name in _model_names(model, headers).items()}
+    for name, header in found.items():
         if name in expected and tuple(expected[name].shape) != header.shape:
             raise EdgepruneError(
                 f"{folder}: {name} has the shape {header.shape}, its config expects {tuple(expected[name].shape)}; "
@@ -406,7 +480,7 @@ def _check_shapes(folder: Path, model: PreTrainedModel, headers: Mapping[str, Te
             )
         missing.discard(name)
     # Of two tied tensors either may be the one in the file.
-    missing -= {source for tied, source in (model.all_tied_weights_keys or {}).items() if tied in headers}
+    missing -= {source for tied, source in (model.all_tied_weights_keys or {}).items() if tied in found}
     if missing:
         raise EdgepruneError(
             f"{folder} lacks the tensor {min(missing)} ({len(missing)} in all); config and weights do not belong "

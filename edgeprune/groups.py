@@ -11,12 +11,13 @@ Attention of one layer has two levels of units, as two groups:
     query head u uses KV head u // (heads.units / kv_heads.units)      (group-major, as repeat_kv and ONNX Runtime do)
 
 A KV head that goes takes its query heads with it, and every KV head that stays keeps the same number of query heads
-(GroupQueryAttention and repeat_kv need that); `check_keep` holds both rules.
+(GroupQueryAttention and repeat_kv need that); `check_keep` holds both rules. Plain multi-head attention is the case of
+one query head per KV head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -32,18 +33,50 @@ class Slot:
     """Where the units of a group lie in one Linear.
 
     Unit `u` is the `size` rows (`side="out"`: weight rows and bias entries) or columns (`side="in"`) that begin at
-    `start + u * size` of the weight `(out_features, in_features)`.
+    `start + u * stride` of the weight `(out_features, in_features)`. Columns of neighbouring units touch; rows need
+    not: a fused projection may hold [q k v] of one head after the other, three slots with `stride = 3 * size`.
     """
 
     module: str
     side: Side
     size: int
     start: int = 0
+    stride: int = 0
+    """Distance between units; 0 says `size`: they touch."""
+
+    def __post_init__(self) -> None:
+        """State the stride."""
+        object.__setattr__(self, "stride", self.stride or self.size)
+
+    def lines(self, units: Iterable[int]) -> list[int]:
+        """Indices of the rows or columns of these units, unit by unit."""
+        return [
+            line
+            for first in (self.start + unit * self.stride for unit in units)
+            for line in range(first, first + self.size)
+        ]
+
+    def all_lines(self, units: int) -> slice | list[int]:
+        """Index of the rows or columns of the first `units` units; a slice, which copies nothing, where they touch."""
+        if self.stride == self.size:
+            return slice(self.start, self.start + units * self.size)
+        return self.lines(range(units))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units of one kind in one layer, and all the slots that a unit takes with it."""
+    """Units of one kind in one layer, and all the slots that a unit takes with it.
+
+    Attributes:
+        name: unique in the model.
+        kind: what the units are.
+        layer: number of the decoder block.
+        units: how many there are.
+        slots: where they lie.
+        parent: of query heads: name of the group of KV heads that they read.
+        alibi_heads: of query heads with ALiBi: for each, the head of the dense model whose slope it uses. Slopes are a
+            function of the head's number, and a head keeps its own when its neighbours go.
+    """
 
     name: str
     kind: Kind
@@ -51,6 +84,7 @@ class Group:
     units: int
     slots: tuple[Slot, ...]
     parent: str | None = None
+    alibi_heads: tuple[int, ...] = ()
 
     @property
     def inner(self) -> Slot:
@@ -60,12 +94,71 @@ class Group:
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """The sizes of one decoder block. `head_dim` is stated, never computed from `hidden_size`."""
+    """The sizes of one decoder block, and with ALiBi the head of the dense model whose slope each query head uses.
+
+    `head_dim` is stated: hidden_size / heads is wrong after a cut.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     channels: int
+    alibi_heads: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Number of units by kind of group."""
+        return {"kv_heads": self.kv_heads, "heads": self.heads, "channels": self.channels}
+
+
+WidthKeys = Mapping[Kind, str]
+"""Kind of group -> the config key that states the number of its units."""
+
+ALIBI_KEY = "alibi_heads"
+"""Per-layer config key of the slopes that a layer's heads use (`LayerWidths.alibi_heads`)."""
+
+KEYS: WidthKeys = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "channels": "intermediate_size"}
+"""Width keys of grouped-query attention."""
+
+
+def read_widths(config: Any, layer: int, keys: WidthKeys, *, channels: int = 0) -> LayerWidths:
+    """Sizes of one block from a transformers config, dense or pruned.
+
+    Args:
+        config: global sizes, and those of layers that differ from them.
+        layer: number of the block.
+        keys: the architecture's names.
+        channels: what stands for a width of the MLP that the config leaves open.
+    """
+    sizes = config.per_layer_config[layer]
+    return LayerWidths(
+        heads=getattr(sizes, keys["heads"]),
+        kv_heads=getattr(sizes, keys["kv_heads"]),
+        # configs without the key belong to code that makes the heads tile the hidden states
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        channels=getattr(sizes, keys["channels"], None) or channels,
+        alibi_heads=tuple(getattr(sizes, ALIBI_KEY, ())),
+    )
+
+
+def block_groups(
+    layer: int, widths: LayerWidths, *, q: Slot, k: Slot, v: Slot, o: Slot, channels: Sequence[Slot]
+) -> list[Group]:
+    """The groups of one decoder block, from where its heads and channels lie."""
+    kv_heads = f"layers.{layer}.kv_heads"
+    return [
+        Group(kv_heads, "kv_heads", layer, widths.kv_heads, (k, v)),
+        Group(
+            f"layers.{layer}.heads",
+            "heads",
+            layer,
+            widths.heads,
+            (q, o),
+            parent=kv_heads,
+            alibi_heads=widths.alibi_heads,
+        ),
+        Group(f"layers.{layer}.channels", "channels", layer, widths.channels, tuple(channels)),
+    ]
 
 
 def heads_per_kv_head(heads: Group, kv_heads: Group) -> int:
@@ -116,13 +209,24 @@ def check_keep(groups: Sequence[Group], keep: Keep) -> None:
 
 def layer_widths(groups: Sequence[Group], keep: Keep) -> list[LayerWidths]:
     """Sizes of each layer after the cut, in layer order."""
-    sizes: dict[int, dict[str, int]] = {}
+    layers: dict[int, dict[Kind, Group]] = {}
     for group in groups:
-        row = sizes.setdefault(group.layer, {})
-        row[group.kind] = len(kept(keep, group))
-        if group.kind == "kv_heads":
-            row["head_dim"] = group.slots[0].size
+        layers.setdefault(group.layer, {})[group.kind] = group
     return [
-        LayerWidths(heads=row["heads"], kv_heads=row["kv_heads"], head_dim=row["head_dim"], channels=row["channels"])
-        for _, row in sorted(sizes.items())
+        LayerWidths(
+            heads=len(kept(keep, of["heads"])),
+            kv_heads=len(kept(keep, of["kv_heads"])),
+            head_dim=of["kv_heads"].slots[0].size,
+            channels=len(kept(keep, of["channels"])),
+            alibi_heads=tuple(of["heads"].alibi_heads[head] for head in kept(keep, of["heads"]))
+            if of["heads"].alibi_heads
+            else (),
+        )
+        for _, of in sorted(layers.items())
     ]
+
+
+def blocks_name(groups: Sequence[Group]) -> str:
+    """Module name of the list of decoder blocks, from the slots: `model.layers.3.mlp.up_proj` -> `model.layers`."""
+    group = groups[0]
+    return group.slots[0].module.partition(f".{group.layer}.")[0]

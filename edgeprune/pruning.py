@@ -6,7 +6,7 @@ block by block and leave what they finish in a journal: the steps of `statistics
     search-N         the answer to the Nth question of a search over widths
     plan             the plan
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
-    path-L           with the refit "reconstruct": that a block which stays whole was run, nothing else
+    path-L           with the refit "reconstruct": that a block before the first cut was run, nothing else
 """
 
 import itertools
@@ -14,13 +14,13 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from edgeprune import plugins
-from edgeprune.budget import Heads, Judge, Layer, Problem
+from edgeprune.budget import Heads, Judge, Layer, Problem, any_counts
 from edgeprune.calibration import Calibration
 from edgeprune.candidates import STEP as SEARCH_STEP
 from edgeprune.candidates import Candidates, check_sequences
@@ -49,6 +49,7 @@ from edgeprune.shrink import (
 )
 from edgeprune.sources import count_parameters
 from edgeprune.statistics import BATCH_TOKENS, Method, Moments, Progress, Stats, gather, held_out, moments_entry
+from edgeprune.stock import check_alike, check_stock_widths, stock_counts
 from edgeprune.streaming import Decoder, check_finite
 from edgeprune.streaming import model_groups as model_groups
 from edgeprune_runtime import __version__
@@ -57,6 +58,9 @@ from edgeprune_runtime.errors import EdgepruneError
 LARGEST_RATIO = 0.9
 RATIO_TOLERANCE = 0.005
 """Contract: the ratio is reached within this share of all parameters, unless alignment forbids."""
+
+Widths = Literal["per-layer", "uniform"]
+UNIFORM_ALLOCATION = "uniform"
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ class Settings:
         gradient_sequences: how many calibration sequences the loss gradients see.
         heads: how heads compete with channels: "auto" by lost score, "even" by giving the same share (the papers' way),
             "keep" not at all.
+        widths: "per-layer", or "uniform": every layer keeps the same counts, such as stock code builds from a config.
     """
 
     ratio: float
@@ -87,6 +92,7 @@ class Settings:
     min_channels: int = 64
     gradient_sequences: int = 32
     heads: Heads = "auto"
+    widths: Widths = "per-layer"
 
     def check(self) -> None:
         """Check everything that needs no model.
@@ -110,14 +116,23 @@ class Settings:
             )
         name, _, argument = self.allocation.partition(":")
         plugins.find("allocation", name, "allocation").check(argument or None, self.heads)
+        if self.widths not in get_args(Widths):
+            raise EdgepruneError(f"unknown --widths {self.widths!r}; expected {', '.join(get_args(Widths))}")
+        if self.is_uniform and self.allocation != UNIFORM_ALLOCATION:
+            raise EdgepruneError(
+                f"--widths uniform gives every layer the same counts, --allocation {self.allocation} does not; "
+                f"expected --allocation {UNIFORM_ALLOCATION}, or --widths per-layer"
+            )
 
     def check_for(self, model_type: str) -> None:
         """Check what the architecture alone decides.
 
         Raises:
-            EdgepruneError: if its checkpoints cannot carry what the refit would add.
+            EdgepruneError: if its checkpoints cannot carry what the refit would add, or stock code the widths.
         """
         check_intercepts(model_type, self.refit, self.cut_kinds)
+        if self.is_uniform:
+            check_stock_widths(model_type)
 
     def check_sequences(self, sequences: int) -> None:
         """Check that the allocation can do with so many calibration sequences.
@@ -127,6 +142,11 @@ class Settings:
         """
         if self.reads_moments:
             check_sequences(sequences)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the result must have a stock config."""
+        return self.widths == "uniform"
 
     @property
     def cut_kinds(self) -> frozenset[Kind]:
@@ -194,8 +214,10 @@ def make_plan(
     decoder, journal = Decoder.of(model), Journal() if journal is None else journal
     ranks = Ranks() if ranks is None else ranks
     settings.check_for(decoder.config.model_type)
+    if settings.is_uniform:
+        check_alike(decoder.groups)
     if settings.refit == "reconstruct":
-        mlp_names(decoder.config.model_type, [group for group in decoder.groups if group.layer == 0])
+        mlp_names(decoder.config, [group for group in decoder.groups if group.layer == 0])
     if with_moments is None:
         with_moments = settings.refit != "none"
     stats = gather(
@@ -367,8 +389,17 @@ def make_problem(
         by_kind = {group.kind: group for group in members}
         parts = by_kind["kv_heads"], by_kind["heads"], by_kind["channels"]
         layers.append(Layer(*parts, scores, costs, keeps_heads=settings.heads == "keep"))
-    remove = round(settings.ratio * count_parameters(model)) + grown
-    return Problem(layers, remove, settings.align, settings.min_channels, settings.heads, influence=influence)
+    total = count_parameters(model)
+    return Problem(
+        layers,
+        remove=round(settings.ratio * total) + grown,
+        align=settings.align,
+        min_channels=settings.min_channels,
+        heads=settings.heads,
+        influence=influence,
+        fits=stock_counts(model.config, groups) if settings.is_uniform else any_counts,
+        tolerance=RATIO_TOLERANCE * total,
+    )
 
 
 def _shapes_after_refit(
@@ -432,7 +463,8 @@ def apply_plan(
         progress("refit and cut", layer, decoder.layers)
         of_layer, step = list(members), f"cut-{layer}"
         # intercepts go to all blocks, as a config has one switch for all
-        if mode in ("intercept", "bias") or _narrowed_kinds(of_layer, plan.keep):
+        is_mended = mode in ("intercept", "bias") or (paths is not None and layer > narrowed[0])
+        if is_mended or _narrowed_kinds(of_layer, plan.keep):
             if step in journal:
                 decoder.release(layer)
                 carry_intercepts(decoder.model, of_layer, mode, kinds)
@@ -445,9 +477,8 @@ def apply_plan(
             names = decoder.blocks[layer].state_dict()
             decoder.read_from(layer, {name: partial(journal.tensor, step, name) for name in names})
             outcomes |= {name: Outcome(**facts) for name, facts in journal.facts(step).items()}
-        elif paths is not None and layer < narrowed[-1] and f"path-{layer}" not in journal:
+        elif paths is not None and f"path-{layer}" not in journal:
             paths.advance_dense(layer)
-            paths.advance_pruned(layer, is_first=layer < narrowed[0])
             journal.put(f"path-{layer}", Entry())
         if paths is not None:
             paths.forget(layer)

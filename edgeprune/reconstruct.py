@@ -11,7 +11,8 @@ the inputs that the block has in the pruned model, so that each block also makes
 
 by Adam on shuffled tokens, from where the closed-form refit has left the weights. No gradient passes from one block to
 another and no more than one block is in memory, so this works for a model of any size. The sequences kept aside judge:
-where they are not hit better than before, the block keeps its closed-form refit.
+where they are not hit better than before, the block keeps its closed-form refit. Blocks behind the first cut that stay
+whole are fitted like the others, since what is lost before them is theirs to mend as well.
 
 Why not in closed form: with targets of the dense path, a least-squares fit of down_proj alone makes the whole model
 worse than its own targets do. The MLP as a whole can follow them.
@@ -26,16 +27,17 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from edgeprune.configs import architecture
-from edgeprune.groups import Group
+from edgeprune.groups import Group, blocks_name
 from edgeprune.journal import Journal, Rows
 from edgeprune.refit import Outcome
 from edgeprune.statistics import BATCH_TOKENS, held_out
 from edgeprune.streaming import Decoder, Pass
 from edgeprune_runtime.errors import EdgepruneError
 
-EPOCHS = 4
+EPOCHS = 5
 """How often every token is seen."""
 
 STEP_TOKENS = 1024
@@ -47,6 +49,9 @@ much alike, and end at a worse fit."""
 
 LEARNING_RATE = 0.005
 """Largest step of a weight, as a share of the root mean square of its matrix."""
+
+JUDGED_TOKENS = 8192
+"""Of the sequences kept aside so many tokens judge a fit; the others are fitted as well, since every token helps."""
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; it falls to nothing along a cosine in the others."""
@@ -82,7 +87,8 @@ class Paths:
         self._ids = ids
         self._dtype = dtype
         self._journal = journal
-        self._fitting = len(ids) - len(held_out(ids))
+        judged = min(len(held_out(ids)), -(-JUDGED_TOKENS // ids.shape[1]))
+        self._fitting = len(ids) - judged
         step = max(1, step_tokens // ids.shape[1])
         self._steps = [slice(first, min(first + step, len(ids))) for first in range(0, len(ids), step)]
         self._pass = Pass(decoder, ids, dtype)
@@ -98,28 +104,19 @@ class Paths:
             self._run(layer, block, source, output)
         output.flush()
 
-    def advance_pruned(self, layer: int, *, is_first: bool) -> None:
-        """Run a block that stays whole on the pruned path, which is the dense one up to the first cut."""
-        if is_first:
-            return
-        output = self._rows("pruned", layer + 1)
-        with self._decoder.block(layer, self._pass.weights_dtype) as block:
-            self._run(layer, block, self._rows("pruned", layer), output)
-        output.flush()
-
     def fit(self, layer: int, block: nn.Module, groups: Sequence[Group], *, is_first: bool) -> tuple[str, Outcome]:
-        """Fit the MLP of a cut block, in place, and go one block on along the pruned path.
+        """Fit the MLP of a block, in place, and go one block on along the pruned path.
 
         Args:
             layer: its number; `advance_dense` has run it.
-            block: the block, cut and refitted.
+            block: the block, cut and refitted if it is to be.
             groups: its groups.
             is_first: it is the first one that is cut, so that it reads the dense path.
 
         Returns:
             Name of the MLP, and how the fit went.
         """
-        names = mlp_names(self._decoder.config.model_type, groups)
+        names = mlp_names(self._decoder.config, groups)
         mlp = nn.Sequential(*(block.get_submodule(name) for name in names))
         read, target = self._rows("read", layer, self._dtype), self._rows("target", layer)
         source = self._rows("dense" if is_first else "pruned", layer)
@@ -160,10 +157,14 @@ class Paths:
             block, mlp = copy.deepcopy((block, mlp))
             block.to(weights)
         seen: dict[str, torch.Tensor] = {}
-        hooks = [
-            mlp[0].register_forward_pre_hook(lambda _module, inputs: seen.update(x=inputs[0])),
-            mlp[-1].register_forward_hook(lambda _module, _inputs, output: seen.update(y=output)),
-        ]
+
+        def note_input(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen["x"] = inputs[0]
+
+        def note_output(_: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            seen["y"] = output
+
+        hooks = [mlp[0].register_forward_pre_hook(note_input), mlp[-1].register_forward_hook(note_output)]
         dense, energy = self._rows("dense", layer + 1), 0.0
         try:
             with torch.no_grad():
@@ -240,25 +241,27 @@ class Paths:
         return self._journal.rows(f"{name}-{layer}", shape, dtype)
 
 
-def mlp_names(model_type: str, groups: Sequence[Group]) -> Sequence[str]:
-    """Modules of a block, by their names in it, that one after the other are its MLP and are added to the rest.
+def mlp_names(config: PreTrainedConfig, groups: Sequence[Group]) -> Sequence[str]:
+    """Modules of a block, by their names in it, that one after the other make what the MLP adds to the rest.
 
-    An architecture names them (`MLP`) where they are more than the one module around the Linear that reads channels.
+    An architecture names them (`mlp`) where they are more than the one module around the Linear that reads channels.
 
     Raises:
-        EdgepruneError: if there is no such module.
+        EdgepruneError: if there are none.
     """
-    named: Sequence[str] = getattr(architecture(model_type), "MLP", ())
-    if named:
-        return named
-    (inner,) = (group.inner.module for group in groups if group.kind == "channels")
-    _, _, inside = inner.partition(f".{groups[0].layer}.")
-    parent = inside.rpartition(".")[0]
-    if not parent:
+    family = architecture(config.model_type)
+    if hasattr(family, "mlp"):
+        named: Sequence[str] = family.mlp(config)
+    else:
+        (inner,) = (group.inner.module for group in groups if group.kind == "channels")
+        inside = inner.removeprefix(f"{blocks_name(groups)}.{groups[0].layer}.")
+        named = (inside.rpartition(".")[0],)
+    if not named or not all(named):
         raise EdgepruneError(
-            f"refit reconstruct cannot tell what the MLP of a {model_type} block is; expected least-squares or none"
+            "refit reconstruct wants an MLP whose output is added to the rest of its block, and this "
+            f"{config.model_type} model has none; expected --refit least-squares or none"
         )
-    return (parent,)
+    return named
 
 
 def rate_share(step: int, *, steps: int) -> float:

@@ -30,8 +30,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from edgeprune.configs import architecture
-from edgeprune.groups import Group, Kind, Slot
-from edgeprune.shrink import LinearShape, linear_of
+from edgeprune.groups import Group, Kind
+from edgeprune.shrink import Linear, LinearShape, linear_of, weight_of
 from edgeprune.statistics import Moments
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -145,25 +145,20 @@ def parse_mode(name: str) -> Mode:
     return cast("Mode", name)
 
 
-def refit_linear(linear: nn.Linear, group: Group, units: Sequence[int], moments: Moments, mode: Mode) -> Outcome:
+def refit_linear(linear: Linear, group: Group, units: Sequence[int], moments: Moments, mode: Mode) -> Outcome:
     """Refit the Linear that reads a group, in place, to do with some of its units; nothing is cut yet.
 
     The kept columns get their new values, and the bias the intercept (`carry_intercepts` has made room for it).
     """
-    assert linear.weight.shape[1] == len(moments.mean), "moments of another Linear"
-    columns = unit_columns(group.inner, units)
+    weight, columns = weight_of(linear), torch.tensor(group.inner.lines(units))
+    assert weight.shape[1] == len(moments.mean), "moments of another Linear"
     with torch.no_grad():
-        found = refit(linear.weight, moments, columns, mode)
-        linear.weight[:, columns] = found.weight
+        found = refit(weight, moments, columns, mode)
+        weight[:, columns] = found.weight
         if found.intercept is not None:
             assert linear.bias is not None, "carry_intercepts was not called"
             linear.bias.add_(found.intercept)
     return found.outcome
-
-
-def unit_columns(slot: Slot, units: Sequence[int]) -> torch.Tensor:
-    """Input columns of the Linear that belong to these units, int64."""
-    return slot.start + (torch.tensor(units)[:, None] * slot.size + torch.arange(slot.size)).reshape(-1)
 
 
 def check_intercepts(model_type: str, mode: Mode, kinds: Iterable[Kind]) -> None:
@@ -199,7 +194,7 @@ def shapes_with_intercepts(
 def carry_intercepts(model: PreTrainedModel, groups: Sequence[Group], mode: Mode, kinds: Collection[Kind]) -> int:
     """Give the Linears of these kinds of groups biases of zero, as the switch in the config does for all of them.
 
-    The architecture file names the switches (`INTERCEPT`). A switch that is on already changes nothing.
+    The architecture file names the switches (`INTERCEPT`). One that is on already changes nothing, and some need none.
 
     Returns:
         Number of parameters that the model grew by.
@@ -213,25 +208,30 @@ def carry_intercepts(model: PreTrainedModel, groups: Sequence[Group], mode: Mode
         setattr(model.config, switch, True)
         linear = linear_of(model, name)
         if linear.bias is None:
-            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-            grown += linear.out_features
+            outputs = LinearShape.of(linear).out_features
+            linear.bias = nn.Parameter(linear.weight.new_zeros(outputs))
+            grown += outputs
     return grown
 
 
 def _carriers(model_type: str, groups: Sequence[Group], mode: Mode, kinds: Collection[Kind]) -> dict[str, str]:
-    """Name of each Linear that gets a bias -> the switch in the config that gives it one."""
+    """Name of each Linear that a switch gives a bias -> that switch, of those that kinds of groups need."""
     if mode not in ("intercept", "bias"):
         return {}
+    switches = _switches(model_type)
+    wanted = {switches[kind] for kind in kinds if kind in switches}
+    of_kind: dict[Kind, str | None] = {**switches, "kv_heads": switches.get("heads")}
     carriers: dict[str, str] = {}
-    for kind, switch in _switches(model_type).items():
-        members = {kind, "kv_heads"} if kind == "heads" else {kind}
-        of_kind = (group for group in groups if kind in kinds and group.kind in members)
-        carriers |= {slot.module: switch for group in of_kind for slot in group.slots}
+    for group in groups:
+        switch = of_kind.get(group.kind)
+        if switch is not None and switch in wanted:
+            carriers |= {slot.module: switch for slot in group.slots}
     return carriers
 
 
-def _switches(model_type: str) -> Mapping[Kind, str]:
-    switches: Mapping[Kind, str] = getattr(architecture(model_type), "INTERCEPT", {})
+def _switches(model_type: str) -> Mapping[Kind, str | None]:
+    """Kind of group -> the switch for biases in the config, None where the Linear that reads it always has one."""
+    switches: Mapping[Kind, str | None] = getattr(architecture(model_type), "INTERCEPT", {})
     return switches
 
 

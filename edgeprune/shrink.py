@@ -2,6 +2,9 @@
 
 What a cut costs is computed here too (`parameters_removed`, `unit_parameters`), from the same slots, so that a plan's
 figures and the cut model cannot disagree.
+
+A Linear is an `nn.Linear` or the `Conv1D` of transformers, which stores its weight as `(in, out)`. `oriented` knows the
+difference; everything else reads and writes weights as `(out, in)`.
 """
 
 import copy
@@ -10,18 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from edgeprune.configs import quiet_global_reads
-from edgeprune.groups import Group, Keep, LayerWidths, Side, check_keep, kept, layer_widths
+from edgeprune import modeling_edgeprune
+from edgeprune.configs import LAYOUT_KEY, architecture, layout, quiet_global_reads
+from edgeprune.groups import (
+    ALIBI_KEY,
+    Group,
+    Keep,
+    LayerWidths,
+    Side,
+    WidthKeys,
+    blocks_name,
+    check_keep,
+    kept,
+    layer_widths,
+)
 
-# The names under which attention and MLP modules of transformers remember a width, by kind of group.
-WIDTH_ATTRIBUTES = {
-    "heads": ("num_heads", "num_attention_heads"),
-    "kv_heads": ("num_kv_heads", "num_key_value_heads"),
-    "channels": ("intermediate_size",),
-}
+Linear = nn.Linear | Conv1D
 
 
 @dataclass(frozen=True)
@@ -32,27 +44,39 @@ class LinearShape:
     in_features: int
     has_bias: bool
 
+    @classmethod
+    def of(cls, linear: Linear) -> "LinearShape":
+        """Sizes of a Linear, which may lie on meta."""
+        rows, columns = weight_of(linear).shape
+        return cls(rows, columns, has_bias=linear.bias is not None)
+
     @property
     def parameters(self) -> int:
         """Number of weights and bias entries."""
         return self.out_features * (self.in_features + self.has_bias)
 
 
-def linear_of(model: nn.Module, name: str) -> nn.Linear:
+def linear_of(model: nn.Module, name: str) -> Linear:
     """The Linear that a slot names."""
     module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear), f"a slot names {name}, which is no Linear"
+    assert isinstance(module, nn.Linear | Conv1D), f"a slot names {name}, which is no Linear"
     return module
+
+
+def oriented(linear: Linear, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix of the shape that a Linear's weight is stored in, as `(out, in)`, or back again: a view."""
+    return matrix.T if isinstance(linear, Conv1D) else matrix
+
+
+def weight_of(linear: Linear) -> torch.Tensor:
+    """A Linear's weight as `(out, in)`: a view, through which it may be written."""
+    return oriented(linear, linear.weight)
 
 
 def linear_shapes(model: nn.Module, groups: Sequence[Group]) -> dict[str, LinearShape]:
     """Module name -> sizes of every Linear that some group has a slot in."""
     names = dict.fromkeys(slot.module for group in groups for slot in group.slots)
-    linears = {name: linear_of(model, name) for name in names}
-    return {
-        name: LinearShape(linear.out_features, linear.in_features, linear.bias is not None)
-        for name, linear in linears.items()
-    }
+    return {name: LinearShape.of(linear_of(model, name)) for name in names}
 
 
 def parameters_removed(groups: Sequence[Group], keep: Keep, shapes: Mapping[str, LinearShape]) -> int:
@@ -106,63 +130,69 @@ def shrink_blocks(model: PreTrainedModel, groups: Sequence[Group], keep: Keep) -
     for (module, side), lines in _kept_lines(groups, keep, shapes).items():
         if not lines.all():
             _cut(linear_of(model, module), side, lines.nonzero().squeeze(1))
-    for group in groups:
-        if group.kind != "kv_heads":
-            _remember(model, group, groups, keep)
-
-
-def _remember(model: PreTrainedModel, group: Group, groups: Sequence[Group], keep: Keep) -> None:
-    """Correct the widths that the module around a group's Linears wrote down when it was built."""
-    module: Any = model.get_submodule(group.inner.module.rpartition(".")[0])
-    counts = {group.kind: len(kept(keep, group))}
-    for parent in (other for other in groups if other.name == group.parent):
-        counts[parent.kind] = len(kept(keep, parent))
-        if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = counts[group.kind] // counts[parent.kind]
-    for kind, count in counts.items():
-        for attribute in WIDTH_ATTRIBUTES[kind]:
-            if hasattr(module, attribute):
-                setattr(module, attribute, count)
+    table, blocks = layout(model.config.model_type, groups), blocks_name(groups)
+    for layer, widths in zip(sorted({group.layer for group in groups}), layer_widths(groups, keep), strict=True):
+        block = model.get_submodule(f"{blocks}.{layer}")
+        with quiet_global_reads():
+            modeling_edgeprune.adapt(block, table, model.config, widths.counts, widths.alibi_heads)
 
 
 @quiet_global_reads()
 def set_widths(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> bool:
-    """Write the sizes of every layer into a config; True if they are the same in all layers and stock code takes them.
+    """Write the sizes of every layer into a config; True if stock code builds them (`is_stock`).
 
-    Where the layers differ, or where the stock config refuses the common size (Llama wants `hidden_size` to be a
-    multiple of the head count), the sizes go into `per_layer_config` and the global ones stay as they were.
+    Where it does not, the sizes go into `per_layer_config` and the global ones stay as they were.
     """
     (head_dim,) = {width.head_dim for width in widths}
     config.head_dim = head_dim
-    sizes = [
-        {
-            "num_attention_heads": width.heads,
-            "num_key_value_heads": width.kv_heads,
-            "intermediate_size": width.channels,
-        }
-        for width in widths
-    ]
+    stock = is_stock(config, widths)
     config.per_layer_config = None
-    if all(size == sizes[0] for size in sizes) and _takes(config, sizes[0]):
-        for name, value in sizes[0].items():
-            setattr(config, name, value)
+    config.__dict__.pop(LAYOUT_KEY, None)
+    if stock:
+        for key, value in _stock_sizes(config, widths[0]).items():
+            setattr(config, key, value)
         config.__dict__.pop("allow_global_per_layer_attribute_access", None)
         return True
-    config.per_layer_config = dict(enumerate(sizes))
+    keys: WidthKeys = architecture(config.model_type).WIDTHS
+    sizes = [{key: width.counts[kind] for kind, key in keys.items()} for width in widths]
+    slopes = [{ALIBI_KEY: list(width.alibi_heads)} if width.alibi_heads else {} for width in widths]
+    config.per_layer_config = {layer: sizes[layer] | slopes[layer] for layer in range(len(widths))}
     # Stock code (config validation, some rope variants, AutoTokenizer) reads the global sizes in passing.
     config.allow_global_per_layer_attribute_access = True
+    setattr(config, LAYOUT_KEY, layout(config.model_type, architecture(config.model_type).groups(config)))
     return False
 
 
-def _takes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> bool:
+@quiet_global_reads()
+def is_stock(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> bool:
+    """Whether stock code builds these sizes from a config without per-layer ones.
+
+    The layers must be alike, the sizes that differ from the config's such as stock code takes from it (`STOCK` of the
+    architecture), and their values such as the config allows (Llama wants `hidden_size` to be a multiple of the heads).
+    """
+    if len(set(widths)) > 1:
+        return False
     trial: Any = copy.copy(config)
-    for name, value in sizes.items():
-        setattr(trial, name, value)
+    trial.per_layer_config = None
+    trial.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    family = architecture(config.model_type)
+    global_widths = layer_widths(family.groups(trial), {})[0]
+    if global_widths.alibi_heads != widths[0].alibi_heads or any(
+        count != widths[0].counts[kind] for kind, count in global_widths.counts.items() if kind not in family.STOCK
+    ):
+        return False
     try:
-        trial.validate_architecture()
-    except ValueError:
+        for key, value in _stock_sizes(config, widths[0]).items():
+            setattr(trial, key, value)
+        trial.validate()
+    except (StrictDataclassError, ValueError):
         return False
     return True
+
+
+def _stock_sizes(config: PreTrainedConfig, widths: LayerWidths) -> dict[str, int]:
+    family = architecture(config.model_type)
+    return {key: widths.counts[kind] for kind, key in family.WIDTHS.items() if kind in family.STOCK}
 
 
 def _kept_lines(
@@ -171,27 +201,25 @@ def _kept_lines(
     """(module, side) -> bool of that side's length, False where a row or column leaves, for each side with a slot."""
     lines: dict[tuple[str, Side], torch.Tensor] = {}
     for group in groups:
-        gone = torch.ones(group.units, dtype=torch.bool)
-        gone[list(kept(keep, group))] = False
+        gone = sorted(set(range(group.units)).difference(kept(keep, group)))
         for slot in group.slots:
             shape = shapes[slot.module]
             length = shape.out_features if slot.side == "out" else shape.in_features
             side = lines.setdefault((slot.module, slot.side), torch.ones(length, dtype=torch.bool))
-            # A view: fused projections have several slots on one side, each marks its own stretch.
-            side[slot.start : slot.start + group.units * slot.size].view(group.units, slot.size)[gone] = False
+            side[slot.lines(gone)] = False  # fused projections have several slots on one side
     return lines
 
 
-def _cut(linear: nn.Linear, side: Side, lines: torch.Tensor) -> None:
+def _cut(linear: Linear, side: Side, lines: torch.Tensor) -> None:
     lines = lines.to(linear.weight.device)
-    linear.weight = _part(linear.weight, 0 if side == "out" else 1, lines)
-    if side == "in":
-        linear.in_features = len(lines)
-        return
-    linear.out_features = len(lines)
-    if linear.bias is not None:
-        linear.bias = _part(linear.bias, 0, lines)
-
-
-def _part(parameter: torch.Tensor, dim: int, lines: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().index_select(dim, lines), requires_grad=parameter.requires_grad)
+    weight = weight_of(linear).detach().index_select(0 if side == "out" else 1, lines)
+    is_trainable = linear.weight.requires_grad
+    linear.weight = nn.Parameter(oriented(linear, weight).contiguous(), requires_grad=is_trainable)
+    if side == "out" and linear.bias is not None:
+        bias = linear.bias.detach().index_select(0, lines)
+        linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+    rows, columns = weight.shape
+    if isinstance(linear, Conv1D):
+        linear.nx, linear.nf = columns, rows
+    else:
+        linear.in_features, linear.out_features = columns, rows

@@ -29,28 +29,53 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.integrations.gguf.dequant import GGML_NAME
 from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from edgeprune import modeling_edgeprune
-from edgeprune.checkpoint import check_loaded, load_pruned
-from edgeprune.configs import CONFIG_ERRORS, CONFIG_FILE, check_architecture, load_config, one_line
+from edgeprune.checkpoint import TOKENIZER_CONFIG_FILE, check_loaded, load_pruned
+from edgeprune.configs import (
+    CONFIG_ERRORS,
+    CONFIG_FILE,
+    architecture,
+    check_architecture,
+    has_own_form,
+    known_types,
+    load_config,
+    one_line,
+    state_head_dim,
+    unpacking,
+)
+from edgeprune.sentencepiece_model import read_sentencepiece
 from edgeprune.weights import TensorHeader, read_headers, read_json, weight_files
 from edgeprune_runtime.errors import EdgepruneError
 
 FORMS = "a model folder, a .gguf file, a hub id (owner/name)"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LICENCE_LINE = re.compile(r"^license:\s*['\"]?([\w.-]+)", re.MULTILINE)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+FAST_TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+TOKENIZER_FILES = (FAST_TOKENIZER_FILE, SENTENCEPIECE_FILE, "vocab.json", TOKENIZER_CONFIG_FILE)
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+"""Keys of tokenizer_config.json, and what Llama's tokenizer classes take where they are missing."""
+
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
 PROBE_TIMEOUT_S = 5.0
+GGUF_TYPES = {"gemma3": "gemma3_text"}
+"""What GGUF calls otherwise than transformers."""
+
 GGML_FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
 
 logger = logging.getLogger(__name__)
@@ -101,25 +126,56 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
     Raises:
         EdgepruneError: if there is no such model, it is incomplete or damaged, or its architecture cannot be pruned.
     """
-    try:
-        path = Path(name).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long for the system, or the home of nobody
-        raise EdgepruneError(f"{name!r} is no usable path ({one_line(error)}); expected {FORMS}") from error
-    if is_folder:
+    kind, path = _locate(name)
+    if kind == "folder":
         return _open_folder(name, path, trust_remote_code)
-    if is_file:
-        if path.suffix.lower() != ".gguf":
-            raise EdgepruneError(f"{name} is a file but no .gguf file; expected {FORMS} or one of {', '.join(NAMED)}")
+    if kind == "gguf":
         return _open_gguf(name, path)
-    if name.lower() in NAMED:
+    if kind == "named":
         return _open_named(name.lower())
-    if HUB_ID.fullmatch(name) and path.suffix.lower() != ".gguf":
-        return _open_hub(name, name, trust_remote_code)
-    siblings = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), [*siblings, *NAMED], n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise EdgepruneError(f"unknown model {name!r}; {hint}expected {FORMS} or one of: {', '.join(NAMED)}")
+    return _open_hub(name, name, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model as its config describes it; no weight was read, and of a hub model nothing but the config fetched.
+
+    Attributes:
+        name: as the user wrote it.
+        place: where the config was found, in words.
+        model_type: what the config calls itself; `config.model_type` is what it is read as.
+        config: the config, its `head_dim` stated.
+        own_code: the model class that comes with it as Python code, if one does.
+    """
+
+    name: str
+    place: str
+    model_type: str
+    config: PreTrainedConfig
+    own_code: str | None = None
+
+
+def describe(name: str) -> Described:
+    """What the config of a model says, wherever the model is.
+
+    Raises:
+        EdgepruneError: if there is no such model, its config is damaged, or its architecture cannot be pruned.
+    """
+    kind, path = _locate(name)
+    if kind == "named":
+        name = name.lower()
+        file = _packaged(name)
+        kind, path = ("hub", Path(NAMED[name].hub_id)) if file is None else ("gguf", file)
+    if kind == "gguf":
+        config = _gguf_config(name, path)
+        return Described(name, f"the metadata of {path.name}", config.model_type, config)
+    if kind == "hub":
+        folder = _from_hub(str(path), CONFIG_FILE).parent
+        place = f"{CONFIG_FILE} of {path} on the Hugging Face hub, revision {folder.name[:7]}"
+    else:
+        folder, place = path, f"{CONFIG_FILE} of the folder {path}"
+    config = load_config(folder)
+    return Described(name, place, str(read_json(folder / CONFIG_FILE)["model_type"]), config, _own_code(folder))
 
 
 def load(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -182,6 +238,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             raise EdgepruneError(
                 f"{source.name} has no tokenizer; expected {' or '.join(TOKENIZER_FILES[:2])} in {folder}"
             )
+        if _has_plain_sentencepiece(folder):
+            return _sentencepiece_tokenizer(folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise EdgepruneError(f"cannot read the tokenizer of {source.name}: {one_line(error)}") from error
@@ -197,9 +255,32 @@ def stored_parameters(headers: dict[str, TensorHeader]) -> int:
     return sum(prod(header.shape) for header in headers.values())
 
 
+def _locate(name: str) -> tuple[Literal["folder", "gguf", "named", "hub"], Path]:
+    """What sort of model a name means, and its path or hub id."""
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for the system, or the home of nobody
+        raise EdgepruneError(f"{name!r} is no usable path ({one_line(error)}); expected {FORMS}") from error
+    if is_folder:
+        return "folder", path
+    if is_file:
+        if path.suffix.lower() != ".gguf":
+            raise EdgepruneError(f"{name} is a file but no .gguf file; expected {FORMS} or one of {', '.join(NAMED)}")
+        return "gguf", path
+    if name.lower() in NAMED:
+        return "named", path
+    if HUB_ID.fullmatch(name) and path.suffix.lower() != ".gguf":
+        return "hub", Path(name)
+    siblings = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), [*siblings, *NAMED], n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise EdgepruneError(f"unknown model {name!r}; {hint}expected {FORMS} or one of: {', '.join(NAMED)}")
+
+
 def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
     config = load_config(folder)
-    headers = read_headers(folder)
+    headers = read_headers(folder, unpacking(folder))
     _check_own_code(name, folder, trust_remote_code)
     size = f", {stored_parameters(headers):,} parameters" if headers is not None else ""
     return Source(
@@ -215,10 +296,8 @@ def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
 
 def _open_named(name: str) -> Source:
     named = NAMED[name]
-    spec = importlib.util.find_spec(named.package)  # finds the folder without running the package
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        if (Path(folder) / named.file).is_file():
-            return _open_gguf(name, Path(folder) / named.file)
+    if (file := _packaged(name)) is not None:
+        return _open_gguf(name, file)
     try:
         source = _open_hub(name, named.hub_id, trust_remote_code=False)
     except EdgepruneError as error:
@@ -227,14 +306,44 @@ def _open_named(name: str) -> Source:
     return source
 
 
-def _open_gguf(name: str, file: Path) -> Source:
+def _packaged(name: str) -> Path | None:
+    """The file of a model that a Python package carries; None if the package is not installed."""
+    named = NAMED[name]
+    spec = importlib.util.find_spec(named.package)  # finds the folder without running the package
+    folders = (spec.submodule_search_locations or []) if spec is not None else []
+    return next((file for folder in folders if (file := Path(folder) / named.file).is_file()), None)
+
+
+def _check_gguf(name: str, file: Path) -> tuple[str, GgufHeader, dict[str, Any]]:
+    """The `model_type`, header and metadata of a GGUF file whose architecture can be pruned."""
     try:
         header = GgufHeader.from_file(str(file))
         metadata, _ = read_gguf_metadata(str(file))
     except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
         raise EdgepruneError(f"cannot read {file} as GGUF: {one_line(error)}") from error
-    # GGUF and transformers call the architectures that can be pruned by the same names.
-    model_type = check_architecture({"model_type": header.architecture}, name)
+    config = {"model_type": GGUF_TYPES.get(header.architecture, header.architecture)}
+    if config["model_type"] in known_types() and has_own_form(config):
+        raise EdgepruneError(
+            f"{name} is a GGUF file of the architecture {header.architecture!r}, which transformers does not read; "
+            "expected the model's own folder or hub id"
+        )
+    return check_architecture(config, name), header, metadata
+
+
+def _gguf_config(name: str, file: Path) -> PreTrainedConfig:
+    _check_gguf(name, file)
+    try:
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
+        raise EdgepruneError(f"cannot read the metadata of {file}: {one_line(error)}") from error
+    state_head_dim(config)
+    return cast(PreTrainedConfig, config)
+
+
+def _open_gguf(name: str, file: Path) -> Source:
+    model_type, header, metadata = _check_gguf(name, file)
     size_bytes = file.stat().st_size
     end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=size_bytes + 1)
     if end > size_bytes:
@@ -363,18 +472,71 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         if hasattr(holder, attribute):
             delattr(holder, attribute)
     model.is_quantized = False
-    if getattr(model.config, "head_dim", None) is None:
-        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
+    state_head_dim(model.config)
     return cast(PreTrainedModel, model.eval())
 
 
 def _own_code(folder: Path) -> str | None:
     """The model class that a folder brings as Python code of its own; edgeprune's modelling file is not foreign."""
-    auto_map = read_json(folder / CONFIG_FILE).get("auto_map")
+    config = read_json(folder / CONFIG_FILE)
+    if has_own_form(config):  # is converted, and its code never run
+        return None
+    auto_map = config.get("auto_map")
     reference = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
     if reference is None or str(reference).startswith(f"{Path(modeling_edgeprune.__file__).stem}."):
         return None
     return str(reference)
+
+
+def _has_plain_sentencepiece(folder: Path) -> bool:
+    """Whether a folder's tokenizer is its SentencePiece model alone, whatever code lies beside it.
+
+    So it is where the architecture says it, and of a Llama of old (LLaMA, Vicuna), which has no `tokenizer.json`.
+    """
+    if (folder / FAST_TOKENIZER_FILE).is_file() or not (folder / SENTENCEPIECE_FILE).is_file():
+        return False
+    model_type = str(read_json(folder / CONFIG_FILE)["model_type"])
+    is_llama = _tokenizer_settings(folder).get("tokenizer_class") in LLAMA_TOKENIZERS
+    return is_llama or getattr(architecture(model_type), "TOKENIZER", None) == "sentencepiece"
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    file = folder / TOKENIZER_CONFIG_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def _sentencepiece_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a SentencePiece model, with the special tokens and the chat template that its config names."""
+    settings = _tokenizer_settings(folder)
+    named = {key: settings.get(key) or default for key, default in SPECIAL_TOKENS.items()}
+    # an entry may be the token, or the settings of an AddedToken
+    tokens = {key: token["content"] if isinstance(token, dict) else token for key, token in named.items()}
+    backend = read_sentencepiece(folder / SENTENCEPIECE_FILE)
+    before, after = (
+        [str(tokens[key])] if settings.get(switch, default) else []
+        for key, switch, default in (("bos_token", "add_bos_token", True), ("eos_token", "add_eos_token", False))
+    )
+    if strange := [token for token in tokens.values() if token is not None and backend.token_to_id(token) is None]:
+        raise EdgepruneError(
+            f"{folder / SENTENCEPIECE_FILE} has no piece {strange[0]!r}, a special token of its config"
+        )
+    if before or after:
+        backend.post_processor = TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B", *after],
+            special_tokens=[(token, backend.token_to_id(token)) for token in (*before, *after)],
+        )
+    length = settings.get("model_max_length")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **{key: token for key, token in tokens.items() if token is not None},
+        **({"model_max_length": length} if isinstance(length, int) else {}),
+    )
+    file = folder / CHAT_TEMPLATE_FILE
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def _check_own_code(name: str, folder: Path, trust_remote_code: bool) -> None:

@@ -37,7 +37,7 @@ from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Slot
 from edgeprune.importance import Evidence, SlotEvidence
 from edgeprune.journal import Entry, Journal, Rows
-from edgeprune.shrink import linear_of
+from edgeprune.shrink import Linear, LinearShape, linear_of, oriented
 from edgeprune.streaming import Decoder, Pass
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -383,7 +383,8 @@ class BlockWalk:
         modules = self._readers(layer) if self.gathers_moments else []
         cosines = torch.zeros(2, dtype=torch.float64)  # sum over the tokens, and their number
         with self.decoder.block(layer, self._pass.weights_dtype) as block:
-            sums = [{name: InputSums(self._linear(block, layer, name).in_features) for name in modules} for _ in "ab"]
+            inputs = {name: LinearShape.of(self._linear(block, layer, name)).in_features for name in modules}
+            sums = [{name: InputSums(count) for name, count in inputs.items()} for _ in "ab"]
             for piece in self.pieces:
                 x = hidden[piece.rows]
                 if piece.is_graded:
@@ -522,14 +523,19 @@ class BlockWalk:
         """Evidence of one group, oriented so that dimension 0 is the channel."""
 
         def of_slot(slot: Slot, units: int) -> SlotEvidence:
-            rows = slice(slot.start, slot.start + units * slot.size)
-            weight = self._linear(block, group.layer, slot.module).weight.detach()
+            rows = slot.all_lines(units)
+            linear = self._linear(block, group.layer, slot.module)
             inputs = moments.get(slot.module) if slot.side == "in" else None
+
+            def channels(matrix: torch.Tensor) -> torch.Tensor:
+                matrix = oriented(linear, matrix)
+                return (matrix if slot.side == "out" else matrix.T)[rows].float()
+
             return SlotEvidence(
                 slot=slot,
-                weight=_channels(weight, slot, rows),
-                gradient=_channels(gradients[slot.module], slot, rows) if gradients else None,
-                fisher=_channels(squares[slot.module], slot, rows) if squares else None,
+                weight=channels(linear.weight.detach()),
+                gradient=channels(gradients[slot.module]) if gradients else None,
+                fisher=channels(squares[slot.module]) if squares else None,
                 input_sq_mean=inputs.gram.diagonal()[rows] if inputs else None,
                 input_mean=inputs.mean[rows] if inputs else None,
                 gram=inputs.gram[rows, rows] if inputs else None,
@@ -581,7 +587,7 @@ class BlockWalk:
         """What a step adds to the mask Fisher information of each unit, from `_backpropagated`: float64 `(units,)`."""
         reader = next(iter(self._dependants(group)), group)  # KV heads have one mask for all their query heads
         slot = reader.inner
-        channels = effects[slot.module][..., slot.start : slot.start + reader.units * slot.size]
+        channels = effects[slot.module][..., slot.all_lines(reader.units)]
         # the loss is a mean over all targets; the information is of the nats themselves, and the mean of their squares
         of_units = channels.reshape(-1, group.units, channels.shape[-1] // group.units).sum(-1) * self._targets
         return of_units.square().sum(0, dtype=torch.float64) / self._targets
@@ -593,7 +599,7 @@ class BlockWalk:
         """Names of a block's Linears that read units."""
         return [slot.module for group in self.groups[layer] for slot in group.slots if slot.side == "in"]
 
-    def _linear(self, block: nn.Module, layer: int, name: str) -> nn.Linear:
+    def _linear(self, block: nn.Module, layer: int, name: str) -> Linear:
         return linear_of(block, name.removeprefix(self.decoder.prefix(layer)))
 
     def _graded_steps(self) -> Iterator[tuple[int, slice]]:
@@ -686,10 +692,6 @@ def _moments(fitting: InputSums, held_out: InputSums) -> Moments:
 def _mirrored(upper: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix of an upper triangle; products of matrices are symmetric but for rounding."""
     return upper + upper.triu(1).T
-
-
-def _channels(matrix: torch.Tensor, slot: Slot, rows: slice) -> torch.Tensor:
-    return (matrix if slot.side == "out" else matrix.T)[rows].float()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ float32 is asked for, as gradients do; products in bfloat16 are the business of 
 
 import copy
 import ctypes
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,10 +30,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from edgeprune.configs import architecture, quiet_global_reads
-from edgeprune.groups import Group
+from edgeprune.groups import Group, blocks_name
 from edgeprune_runtime.errors import EdgepruneError
 
 Reader = Callable[[], torch.Tensor]
@@ -135,15 +137,12 @@ class Decoder:
         state = self.model.state_dict()
         outside = {name for name in state if not name.startswith(f"{self.blocks_name}.")}
         self.model.load_state_dict(
-            {name: self._read_tensor(name) for name in outside & self._readers.keys()}, strict=False, assign=True
+            {name: self.read_tensor(name) for name in outside & self._readers.keys()}, strict=False, assign=True
         )
         self.model.tie_weights()
         for name, module in self.model.named_modules():
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                parent = self.model.get_submodule(name.rpartition(".")[0])
-                # rotary embeddings are all there is of this sort, and their constructor takes the config
-                with quiet_global_reads():
-                    setattr(parent, name.rpartition(".")[2], type(module)(self.config))
+            if not name.startswith(f"{self.blocks_name}."):
+                self._compute_buffers(module)
         self.model.requires_grad_(False)
         self.model.eval()
         self._has_outside = True
@@ -163,11 +162,11 @@ class Decoder:
         block = self.blocks[layer]
         if _is_on_meta(block) and dtype not in (None, *_dtypes(block)) and not self.keeps_blocks:
             fresh = copy.deepcopy(block)
-            fresh.load_state_dict(self._read(layer, dtype), assign=True)
+            self._fill(fresh, self._read(layer, dtype))
             yield fresh
             return
         if _is_on_meta(block):
-            block.load_state_dict(self._read(layer), assign=True)
+            self._fill(block, self._read(layer))
             drops = not self.keeps_blocks
         else:
             drops = False
@@ -220,7 +219,7 @@ class Decoder:
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, Calls]:
         """What enters the first block, `(B, T, D)` float32, and the arguments of each block."""
-        recorders = [_StandIn(block) for block in self.blocks]
+        recorders = [self._stand_in(block) for block in self.blocks]
         with self.outside(torch.float32) as model, self._blocks_replaced(recorders):
             model.base_model(input_ids=ids, use_cache=False)
         return recorders[0].hidden, [recorder.arguments for recorder in recorders]
@@ -234,18 +233,48 @@ class Decoder:
     def logits(self, hidden: torch.Tensor, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
         """Logits `(B, T, V)` of what leaves the last block; `dtype` is that of the weights, None as they are."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        replays = [_StandIn(block, replay=hidden) for block in self.blocks]
+        replays = [self._stand_in(block, replay=hidden) for block in self.blocks]
         with self.outside(dtype) as model, self._blocks_replaced(replays):
             logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
+
+    def _stand_in(self, block: nn.Module, replay: torch.Tensor | None = None) -> "_StandIn":
+        family = architecture(self.config.model_type)
+        return _StandIn(block, replay, returns_tuple=getattr(family, "RETURNS_TUPLE", False))
+
+    def _fill(self, block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give a block on meta its values."""
+        block.load_state_dict(tensors, assign=True)
+        for module in block.modules():
+            self._compute_buffers(module)
+
+    def _compute_buffers(self, module: nn.Module) -> None:
+        """Compute the buffers of a module that no file stores (rotary frequencies, causal masks), if they are on meta.
+
+        transformers knows how: it does so as it initialises a module, and passes over tensors that are marked as done.
+        """
+        missing = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if not missing:
+            return
+        for name, buffer in missing.items():
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # their mark
+        with torch.no_grad(), quiet_global_reads():
+            self.model._init_weights(module)
 
     def _read(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         _return_freed_memory()  # all of the block before is let go of by now, also by the code that used it
         prefix = self.prefix(layer)
         names = self.blocks[layer].state_dict()
-        return {name: self._read_tensor(prefix + name).to(dtype) for name in names}
+        return {name: self.read_tensor(prefix + name).to(dtype) for name in names}
 
-    def _read_tensor(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """One stored tensor, as it is stored; the model is left as it is.
+
+        Raises:
+            EdgepruneError: if a weight is not finite.
+        """
         tensor = self._readers[name]()
         if name not in self._checked:
             check_finite(self.name, name, tensor)
@@ -281,32 +310,52 @@ class Pass:
         vocabulary = decoder.config.get_text_config().vocab_size
         self.logit_tokens = max(1, LOGIT_BYTES // (LOGIT_COPIES * vocabulary * torch.float32.itemsize))
         self._decoder = decoder
-        self._calls = decoder.embed(ids[:1])[1]  # one sequence: arguments that fit a step of any size
+        with decoder.outside(torch.float32):
+            one, two = (decoder.embed(ids[:1].expand(sequences, -1))[1] for sequences in (1, 2))
+        self._calls: Calls = one
+        self._of_sequences = [_of_sequences(*pair) for pair in zip(one, two, strict=True)]
 
     def run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What a block makes of hidden states `(B, T, D)`."""
+        calls = list(self._calls)
+        calls[layer] = {
+            name: _repeated(value, len(hidden)) if name in self._of_sequences[layer] else value
+            for name, value in calls[layer].items()
+        }
         with self._products():
-            return self._decoder.run(layer, block, hidden, self._calls).float()
+            return self._decoder.run(layer, block, hidden, calls).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `(B, T, V)` of what leaves the last block."""
         with self._products():
             return self._decoder.logits(hidden, self.weights_dtype).float()
 
-    def _products(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        if self.dtype != torch.bfloat16:
+            yield
+            return
+        with torch.autocast("cpu", dtype=torch.bfloat16), _FloatNorms():
+            yield
+
+
+class _FloatNorms(TorchFunctionMode):
+    """LayerNorm with its weights in the precision of its input: hidden states are float32, and no kernel mixes them."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if function is nn.functional.layer_norm:  # which names its weights on the way to here
+            dtype = args[0].dtype
+            named |= {name: x.to(dtype) for name, x in named.items() if isinstance(x, torch.Tensor)}
+        return function(*args, **named)
 
 
 def model_groups(model: PreTrainedModel) -> list[Group]:
     """The groups that the model's architecture file lists."""
     found: list[Group] = architecture(model.config.model_type).groups(model.config)
     return found
-
-
-def blocks_name(groups: Sequence[Group]) -> str:
-    """Module name of the list of decoder blocks, from the slots: `model.layers.3.mlp.up_proj` -> `model.layers`."""
-    group = groups[0]
-    return group.slots[0].module.partition(f".{group.layer}.")[0]
 
 
 def check_finite(model_name: str, name: str, tensor: torch.Tensor) -> None:
@@ -343,10 +392,11 @@ def _dtypes(block: nn.Module) -> set[torch.dtype]:
 class _StandIn(nn.Module):
     """Stands in for a block: keeps what it is called with, and hands on the hidden states, or those given to replay."""
 
-    def __init__(self, block: nn.Module, replay: torch.Tensor | None = None) -> None:
+    def __init__(self, block: nn.Module, replay: torch.Tensor | None, *, returns_tuple: bool) -> None:
         super().__init__()
         self._modules["block"] = block
         self.replay = replay
+        self.returns_tuple = returns_tuple
         self.hidden = torch.empty(0)
         self.arguments: dict[str, Any] = {}
 
@@ -355,6 +405,22 @@ class _StandIn(nn.Module):
         block = cast(Any, self.__dict__["_modules"]["block"])
         return block if name == "block" else getattr(block, name)
 
-    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.hidden, self.arguments = hidden, arguments
-        return hidden if self.replay is None else self.replay
+    def forward(self, hidden: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor | tuple[torch.Tensor]:
+        _, *names = inspect.signature(self.block.forward).parameters
+        self.hidden, self.arguments = hidden, dict(zip(names, positional, strict=False)) | named
+        states = hidden if self.replay is None else self.replay
+        return (states,) if self.returns_tuple else states
+
+
+def _of_sequences(one: Mapping[str, Any], two: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the arguments that have rows for every sequence and do not broadcast: ALiBi's `(B * heads, 1, T)`."""
+    return frozenset(
+        name
+        for name, value in one.items()
+        if isinstance(value, torch.Tensor) and value.ndim and 1 != len(value) != len(two[name])
+    )
+
+
+def _repeated(value: torch.Tensor, sequences: int) -> torch.Tensor:
+    """Rows of one sequence for so many alike."""
+    return value.repeat(sequences, *(1 for _ in value.shape[1:]))

@@ -8,11 +8,13 @@ than a header, reading and writing no more than one tensor.
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Self
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -33,6 +35,12 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F
 DTYPES = FLOATS | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_ALIGNMENT = 8  # the tensors begin at a multiple of it
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a tensor of a model out of one that is stored; a view where it can be, of the same dtype."""
+
+Unpack = Callable[[str], Mapping[str, Change]]
+"""For the name of a stored tensor, the tensors of the model that are made of it, and how."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,10 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
 
 
-def read_tensor(file: Path, name: str) -> torch.Tensor:
+def read_tensor(file: Path, name: str, change: Change | None = None) -> torch.Tensor:
     """One tensor of a safetensors file, copied out of a mapping that is closed again: only the tensor stays in memory.
+
+    With `change` it is what that makes of the stored tensor; of a view, only the viewed part is read.
 
     Raises:
         EdgepruneError: if the file has no such tensor.
@@ -118,7 +128,7 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
         if name not in tensors.keys():  # noqa: SIM118 - it is no mapping, `in` would not work
             raise EdgepruneError(f"{file} holds no tensor {name!r}; fetch or write the file again")
         tensor: torch.Tensor = tensors.get_tensor(name)
-        return tensor.clone()
+        return (tensor if change is None else change(tensor)).clone()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -135,8 +145,10 @@ def weight_files(folder: Path) -> list[Path]:
     raise EdgepruneError(f"{folder} holds no weights; expected {SAFETENSORS_FILE} (or its shards) or {BIN_FILE}")
 
 
-def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
+def read_headers(folder: Path, unpack: Unpack | None = None) -> dict[str, TensorHeader] | None:
     """Headers of every tensor in a folder's safetensors files, by name; None if the weights are torch pickles.
+
+    With `unpack` they are those of the tensors that it makes of the stored ones.
 
     Raises:
         EdgepruneError: if a file is truncated or its header damaged.
@@ -147,6 +159,40 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
     tensors: dict[str, TensorHeader] = {}
     for file in files:
         tensors |= read_safetensors_header(file)
+    return tensors if unpack is None else _unpacked_headers(folder, tensors, unpack)
+
+
+def tensor_readers(folder: Path, unpack: Unpack | None = None) -> dict[str, Callable[[], torch.Tensor]]:
+    """How to read each tensor of a folder's safetensors files, or each that `unpack` makes of these.
+
+    Raises:
+        EdgepruneError: if a file is truncated or its header damaged.
+    """
+    files = tensor_files(folder)
+    if unpack is None:
+        return {name: partial(read_tensor, file, name) for name, file in files.items()}
+    return {
+        made: partial(read_tensor, file, name, change)
+        for name, file in files.items()
+        for made, change in unpack(name).items()
+    }
+
+
+def read_pickles(folder: Path, unpack: Unpack) -> dict[str, torch.Tensor]:
+    """All tensors that `unpack` makes of those in a folder's torch pickles, which stay on the disk until they are read.
+
+    Raises:
+        pickle.UnpicklingError: if a file wants to run code, and what else torch raises on damaged files.
+        EdgepruneError: if a file holds something that is no tensor.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        stored: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        if not isinstance(stored, dict) or not all(isinstance(each, torch.Tensor) for each in stored.values()):
+            raise EdgepruneError(f"{file} holds more than named tensors; fetch or write the file again")
+        for name, tensor in stored.items():
+            for made, change in unpack(str(name)).items():
+                tensors[made] = _changed(folder, str(name), tensor, made, change)
     return tensors
 
 
@@ -208,6 +254,26 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise EdgepruneError(f"{file} holds a JSON {type(data).__name__}; expected one JSON object")
     return data
+
+
+def _unpacked_headers(folder: Path, headers: Mapping[str, TensorHeader], unpack: Unpack) -> dict[str, TensorHeader]:
+    """Headers of what `unpack` makes: it is asked on the meta device, which has shapes and no values."""
+    unpacked = {}
+    for name, header in headers.items():
+        stored = torch.empty(header.shape, device="meta")
+        for made, change in unpack(name).items():
+            unpacked[made] = TensorHeader(header.dtype, tuple(_changed(folder, name, stored, made, change).shape))
+    return unpacked
+
+
+def _changed(folder: Path, name: str, stored: torch.Tensor, made: str, change: Change) -> torch.Tensor:
+    try:
+        return change(stored)
+    except (IndexError, RuntimeError) as error:
+        raise EdgepruneError(
+            f"{folder}: {name} has the shape {tuple(stored.shape)}, of which no {made} can be made; config and weights "
+            "do not belong together"
+        ) from error
 
 
 def _shards(folder: Path, index: str, suffix: str) -> list[Path]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from edgeprune import plugins
 from edgeprune.groups import Group, Keep, heads_per_kv_head, kept
@@ -83,10 +84,23 @@ def silenced(model: Any, groups: Sequence[Group], keep: Keep) -> Iterator[None]:
             handle.remove()
 
 
+def unit_sums(model: Any, group: Group, of_weight: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Sums over the units `(units,)` of what is computed of every weight as it is stored; slow and literal."""
+    total = torch.zeros(group.units)
+    for slot in group.slots:
+        linear = model.get_submodule(slot.module)
+        values = of_weight(linear.weight)
+        is_rows = (slot.side == "out") != isinstance(linear, Conv1D)
+        for unit in range(group.units):
+            lines = [slot.start + unit * slot.stride + line for line in range(slot.size)]
+            total[unit] += (values[lines] if is_rows else values[:, lines]).sum()
+    return total
+
+
 @torch.no_grad()
-def prefill(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def prefill(model: Any, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits (B, T, V) of one forward pass."""
-    return model(ids, use_cache=False).logits
+    return model(ids, attention_mask=attention_mask, use_cache=False).logits
 
 
 @torch.no_grad()

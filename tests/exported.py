@@ -12,7 +12,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune import checkpoint
-from edgeprune.configs import load_config
 from edgeprune.groups import layer_widths
 from edgeprune.shrink import shrink
 from edgeprune_export import decoder
@@ -23,28 +22,30 @@ SAMPLE = [np.random.default_rng(0).integers(3, toys.COMMON["vocab_size"], 400).t
 """Token ids to compare on: a toy has read nothing, so any text will do."""
 
 
-def letter_tokenizer() -> PreTrainedTokenizerFast:
+def letter_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
     """One token per printable character, as many as a toy's vocabulary has."""
     letters = ["<unk>", "\n", *string.printable[:95]]
     tokenizer = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **settings)
 
 
-def pruned(folder: Path, name: str, seed: int = 3, **changes: Any) -> Any:
+def pruned(
+    folder: Path, name: str, seed: int = 3, *, tokenizer: PreTrainedTokenizerFast | None = None, **changes: Any
+) -> Any:
     """A toy cut to other widths in every layer; saved as a checkpoint in `folder`, and returned."""
     model = toys.toy(name, **changes)
     groups = groups_of(model)
     keep = random_keep(groups, seed)
     shrink(model, groups, keep)
-    checkpoint.save(model, letter_tokenizer(), None, layer_widths(groups, keep), folder)
+    checkpoint.save(model, tokenizer or letter_tokenizer(), None, layer_widths(groups, keep), folder)
     return model
 
 
 def decoder_graph(source: Path, folder: Path) -> Path:
     """The declarative graph of a checkpoint, written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with Weights(source) as weights, ExternalData(folder / "model.onnx_data") as data:
-        model = decoder.build(load_config(source), weights, data)
+    with ExternalData(folder / "model.onnx_data") as data:
+        model = decoder.build(Weights(source), data)
     ir.save(model, folder / "model.onnx")
     return folder / "model.onnx"

@@ -1,8 +1,8 @@
 """Mistral: the blocks of Llama (the sliding window does not touch the groups), so the groups are Llama's."""
 
-from edgeprune.architectures.llama import groups
+from edgeprune.architectures.llama import ATTRIBUTES, STOCK, WIDTHS, groups
 
-__all__ = ["BASE", "SOURCE", "groups"]
+__all__ = ["ATTRIBUTES", "BASE", "SOURCE", "STOCK", "WIDTHS", "groups"]
 
 BASE = "MistralForCausalLM"
 SOURCE = "decoder"

@@ -1,8 +1,8 @@
 """Qwen2: Llama blocks with biases on q, k and v; a row takes its bias entry along."""
 
-from edgeprune.architectures.llama import groups
+from edgeprune.architectures.llama import ATTRIBUTES, STOCK, WIDTHS, groups
 
-__all__ = ["BASE", "SOURCE", "groups"]
+__all__ = ["ATTRIBUTES", "BASE", "SOURCE", "STOCK", "WIDTHS", "groups"]
 
 BASE = "Qwen2ForCausalLM"
 SOURCE = "decoder"

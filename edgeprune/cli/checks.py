@@ -93,19 +93,20 @@ def check_fits(
         EdgepruneError: naming the option that asks for too much.
     """
     from edgeprune.sources import count_parameters
+    from edgeprune_export.positions import context_tokens
     from edgeprune_runtime.errors import EdgepruneError
     from edgeprune_runtime.output import check_space
 
-    context_tokens = decoder.config.max_position_embeddings
-    if not options.checkpoint_only and options.prompt_tokens + options.generate_tokens > context_tokens:
+    limit = context_tokens(decoder.config)
+    if not options.checkpoint_only and options.prompt_tokens + options.generate_tokens > limit:
         raise EdgepruneError(
             f"the latency check wants {options.prompt_tokens} + {options.generate_tokens} tokens, the model's "
-            f"context holds {context_tokens}; lower --prompt-tokens or --generate-tokens"
+            f"context holds {limit}; lower --prompt-tokens or --generate-tokens"
         )
     if text is not None:
         window = options.eval_window or DEFAULT_WINDOW
-        if window > context_tokens:
-            raise EdgepruneError(f"--eval-window is {window}, the model's context holds {context_tokens}; lower it")
+        if window > limit:
+            raise EdgepruneError(f"--eval-window is {window}, the model's context holds {limit}; lower it")
         tokens = len(tokenizer(text.text, verbose=False)["input_ids"])
         if tokens < window:
             raise EdgepruneError(

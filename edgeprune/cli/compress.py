@@ -37,6 +37,7 @@ from edgeprune.cli.options import (
 from edgeprune.presets import DEFAULT_PRESET, PRESETS
 
 if TYPE_CHECKING:
+    from edgeprune.checkpoint import SavedCheckpoint
     from edgeprune.cli.stages import Clock, Stages
     from edgeprune.distributed import Ranks
     from edgeprune.pruning import Settings
@@ -104,6 +105,13 @@ def compress(
             rich_help_panel=PRUNING,
         ),
     ] = "auto",
+    widths: Annotated[
+        str,
+        typer.Option(
+            help="per-layer, or uniform: the same in every layer, a stock config that loads without custom code.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = "per-layer",
     align: Annotated[
         int, typer.Option(help="Kept channel counts are multiples of this.", rich_help_panel=PRUNING)
     ] = 32,
@@ -235,7 +243,7 @@ def compress(
         "calibration_tokens": calibration_tokens,
         "gradient_sequences": gradient_sequences,
     }
-    chosen = chosen_preset(preset, given)
+    chosen = chosen_preset(preset, given, widths)
     options = Options(
         output=output or Path(f"{name}-pruned"),
         model=model,
@@ -245,6 +253,7 @@ def compress(
         allocation=chosen.allocation,
         refit=chosen.refit,
         heads=heads,
+        widths=widths,
         align=align,
         min_channels=min_channels,
         calibration=calibration,
@@ -328,7 +337,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     with open_journal_of(options, source, settings, ranks) as journal:
         with stages.stage("open the model"):
             tokenizer = load_tokenizer(source)
-            decoder, dense = open_dense(source, tokenizer, journal)
+            decoder, dense = open_dense(source, tokenizer, journal, exports=not options.checkpoint_only)
             dtype = find_dtype(options.dtype, journal, ranks)
             footprint = fit_memory(options, settings, decoder, dtype, max_memory_bytes)
             decoder.keeps_blocks = footprint.keeps_blocks
@@ -377,13 +386,15 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             report = with_refit(report, outcomes)
             if options.checkpoint_only:
                 with stages.stage("save and read back"):
-                    save(decoder, tokenizer, plan, after, options.output, force=options.force)
+                    saved = save(decoder, tokenizer, plan, after, options.output, force=options.force)
+                _check_form(options, saved)
                 _show(report, as_json=options.as_json, is_last=True, is_measured=False, shown=only_refit(report))
                 _say_next(options)
             else:
                 with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
                     with stages.stage("save and read back"):
-                        save(decoder, tokenizer, plan, after, folder / CHECKPOINT)
+                        saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT)
+                    _check_form(options, saved)
                     # the exports load what they need; all of it at once would be too much for a small machine
                     del decoder, stats
                     _export(folder, dense, source, graph_source, stages)
@@ -395,6 +406,12 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             ranks.meet()  # the others have waited for this
 
 
+def _check_form(options: Options, saved: "SavedCheckpoint") -> None:
+    """Hold that uniform widths ended in a stock config: the plan took only counts that stock code takes."""
+    if options.widths == "uniform" and saved.form != "uniform":
+        raise RuntimeError(f"--widths uniform gave no stock config: {'; '.join(saved.notes)}")
+
+
 def _export(folder: Path, dense: Path, source: "Source", graph_source: str, stages: "Stages") -> None:
     """The ONNX bundles of the pruned checkpoint, and of the dense model to compare with."""
     from edgeprune_export.exporting import export
@@ -402,13 +419,15 @@ def _export(folder: Path, dense: Path, source: "Source", graph_source: str, stag
     with stages.stage("export the dense model to compare with") as step:
         export(dense, folder / DENSE, graph_source=graph_source, name=f"{source.name} (dense)", progress=step)
     with stages.stage("export to ONNX and check it against torch") as step:
-        export(
+        manifest = export(
             folder / CHECKPOINT,
             folder / BUNDLE,
             graph_source=graph_source,
             name=f"{source.name} (pruned)",
             progress=step,
         )
+    for note in manifest.notes:
+        stages.remark(note)
 
 
 def _with_estimates(

@@ -1,6 +1,8 @@
 """`edgeprune export`: a checkpoint folder, dense or pruned, becomes a bundle that is proven to compute the same."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ from edgeprune.cli import app
 from edgeprune.cli.extras import need
 
 if TYPE_CHECKING:
+    from edgeprune.cli.stages import Stages
     from edgeprune_runtime.bundle import Manifest
 
 
@@ -45,14 +48,45 @@ def export(
     check_bundle(output, force=force)
     graph_source_of(load_config(checkpoint).model_type, graph_source)
     texts = None if text is None else [read_text(text).text]
-    with Stages(quiet).stage("export to ONNX and check it against torch") as step:
-        manifest = write_bundle(
-            checkpoint, output, graph_source=graph_source, force=force, name=name, texts=texts, progress=step
-        )
+    stages = Stages(quiet)
+    with _stock_form(checkpoint, output, stages) as folder:
+        if folder != checkpoint:
+            name = name or checkpoint.resolve().name
+        with stages.stage("export to ONNX and check it against torch") as step:
+            manifest = write_bundle(
+                folder, output, graph_source=graph_source, force=force, name=name, texts=texts, progress=step
+            )
     if not quiet:
         _say(output, manifest)
     if as_json:
         typer.echo(json.dumps({"bundle": str(output), **manifest.to_json()}))
+
+
+@contextmanager
+def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Path]:
+    """The checkpoint; where it has a form of its own, a converted copy beside the output while the code inside runs."""
+    from tempfile import TemporaryDirectory
+
+    from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.configs import unpacking
+    from edgeprune.groups import layer_widths
+    from edgeprune.sources import load, load_tokenizer, open_source, stored_folder
+    from edgeprune.streaming import Decoder
+
+    if unpacking(checkpoint) is None:
+        yield checkpoint
+        return
+    source = open_source(str(checkpoint))
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=parent) as place:
+        folder = Path(place) / checkpoint.resolve().name
+        with stages.stage("convert the checkpoint"):
+            stored = stored_folder(source)
+            decoder = Decoder.of(load(source)) if stored is None else open_decoder(stored)
+            save(decoder, load_tokenizer(source), None, layer_widths(decoder.groups, {}), folder)
+            del decoder
+        yield folder
 
 
 def _say(output: Path, manifest: "Manifest") -> None:
@@ -70,4 +104,6 @@ def _say(output: Path, manifest: "Manifest") -> None:
         f"over {variant.parity['positions']} positions",
         err=True,
     )
+    for note in manifest.notes:
+        typer.echo(f"note: {note}", err=True)
     typer.echo(f'next: edgeprune run {output} --prompt "..."   or   edgeprune bench {output}', err=True)

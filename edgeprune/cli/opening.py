@@ -69,22 +69,29 @@ def open_journal_of(options: Options, source: "Source", settings: "Settings", ra
         yield journal
 
 
-def open_dense(source: "Source", tokenizer: "PreTrainedTokenizerBase", journal: "Journal") -> "tuple[Decoder, Path]":
-    """The dense model, and its folder of safetensors; a model of another form is converted into one first."""
+def open_dense(
+    source: "Source", tokenizer: "PreTrainedTokenizerBase", journal: "Journal", *, exports: bool
+) -> "tuple[Decoder, Path]":
+    """The dense model, and its folder of safetensors; a model of another form is converted into one first.
+
+    One that is stored as safetensors in a form of its own is converted only if it is to be exported: pruning reads it
+    as it is.
+    """
     from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.configs import unpacking
     from edgeprune.groups import layer_widths
     from edgeprune.sources import load, stored_folder
-    from edgeprune.streaming import Decoder, model_groups
+    from edgeprune.streaming import Decoder
 
-    folder = stored_folder(source)
-    if folder is not None:
-        return open_decoder(folder), folder
+    stored = stored_folder(source)
+    if stored is not None and not (exports and unpacking(stored)):
+        return open_decoder(stored), stored
     if journal.folder is None:
         return Decoder.of(load(source)), source.path
     folder = journal.folder / DENSE_CHECKPOINT
     if not folder.is_dir():
-        model = load(source)
-        save(model, tokenizer, None, layer_widths(model_groups(model), {}), folder)
+        decoder = Decoder.of(load(source)) if stored is None else open_decoder(stored)
+        save(decoder, tokenizer, None, layer_widths(decoder.groups, {}), folder)
     return open_decoder(folder), folder
 
 

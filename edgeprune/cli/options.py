@@ -9,7 +9,7 @@ from edgeprune.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from edgeprune.budget import Heads
-    from edgeprune.pruning import Settings
+    from edgeprune.pruning import Settings, Widths
     from edgeprune.refit import Mode
 
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
@@ -29,6 +29,7 @@ class Options:
     allocation: str
     refit: str
     heads: str
+    widths: str
     align: int
     min_channels: int
     calibration: str | None
@@ -59,8 +60,8 @@ class Options:
     quiet: bool
 
 
-def chosen_preset(preset: str, given: Mapping[str, str | int | None]) -> Preset:
-    """The preset of this name, with what the user gave himself.
+def chosen_preset(preset: str, given: Mapping[str, str | int | None], widths: str = "per-layer") -> Preset:
+    """The preset of this name, with what the user gave himself; uniform widths take the allocation that makes them.
 
     Raises:
         EdgepruneError: if there is no such preset.
@@ -70,6 +71,8 @@ def chosen_preset(preset: str, given: Mapping[str, str | int | None]) -> Preset:
     if preset not in PRESETS:
         raise EdgepruneError(f"unknown --preset {preset!r}; expected {', '.join(PRESETS)}")
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if widths == "uniform":
+        changes.setdefault("allocation", "uniform")
     return replace(PRESETS[preset], **changes)
 
 
@@ -86,6 +89,7 @@ def settings_of(options: Options) -> "Settings":
         min_channels=options.min_channels,
         gradient_sequences=options.gradient_sequences,
         heads=cast("Heads", options.heads),  # check() says so if it is none
+        widths=cast("Widths", options.widths),
     )
 
 

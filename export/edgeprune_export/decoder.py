@@ -3,10 +3,10 @@
     input_ids ─ Gather ─ norm ─ layer 0 ─ … ─ layer n-1 ─ logits          (tied: Gather and logits share one tensor)
 
     layer:  x ─ MatMul q|k|v ─ [+ bias] ─ [q/k norm] ─ GroupQueryAttention ─ MatMul o ─ add and norm ─┐
-            next ─ add and norm ─ MatMul down ─ SiLU(gate) * up ──────────────────────────────────────┘
+            next ─ add and norm ─ MatMul down ─ act(gate) * up ───────────────────────────────────────┘
 
-Every width is read off the tensors (`weights.layer_widths`), so layers may differ; the heads and head_dim of each layer
-stand as integers in the shapes of its KV inputs.
+Every width is that of the checkpoint's own tensors, so layers may differ; the heads and head_dim of each layer stand as
+integers in the shapes of its KV inputs. What sets a family apart is in `_Traits`.
 
 **Padding.** The graph takes a batch padded on either side, or on both, and needs no `position_ids` input. Keys are
 addressed by slot (column of `attention_mask`), and masked slots are shut out by an additive bias, made once for all
@@ -16,6 +16,7 @@ leaves before the decoded tokens is closed. Only a mask with holes *inside one p
 operator counts slots.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,34 +24,73 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.tape import Tape
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedModel
 
-from edgeprune.configs import quiet_global_reads
 from edgeprune.groups import LayerWidths
 from edgeprune_export import interface
 from edgeprune_export.external_data import ExternalData
-from edgeprune_export.weights import Array, Weights, layer_widths
+from edgeprune_export.graph_writer import MICROSOFT, Attributes, GraphWriter
+from edgeprune_export.positions import layer_kind, rotary_tables, uses_rope, window_of
+from edgeprune_export.weights import Array, Weights
 from edgeprune_runtime.errors import EdgepruneError
 
-OPSET = 21
 IR_VERSION = 10
-MICROSOFT = "com.microsoft"
 
-# GroupQueryAttention rotates heads of this granularity only; others are rotated by an operator before it.
+# GroupQueryAttention rotates stretches of this granularity only; others are rotated by an operator before it.
 ROTARY_ALIGNMENT = 16
 
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-
-Attributes = Mapping[str, int | float | str | Sequence[int]]
+# transformers' names of an activation -> the operator; None is SiLU, x * sigmoid(x), which ONNX spells in two.
+_ACTIVATIONS: dict[str, tuple[str, Attributes] | None] = {
+    "silu": None,
+    "swish": None,
+    "gelu": ("Gelu", {"approximate": "none"}),
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+}
 
 
 @dataclass(frozen=True)
-class _Rope:
-    """Rotary tables `(max_position, head_dim / 2)` float32, as the operator reads them."""
+class _Traits:
+    """What sets a family apart from Llama, asked of the model's own code, config and tensor names."""
 
-    cos: Array
-    sin: Array
+    activation: tuple[str, Attributes] | None
+    norm_offset: float
+    """Gemma stores the weights of its norms minus one."""
+    embedding_scale: float
+    """Gemma multiplies embeddings by sqrt(hidden_size), but not the tied head."""
+    has_inner_norms: bool
+    """Gemma norms what attention and MLP give before it is added, not only what they take."""
+    attention_scale: float | None
+    """Gemma divides scores by the square root of a size of its own; None: of head_dim."""
+    score_softcap: float
+    """Gemma 2 squeezes scores into +-this by tanh; 0: it does not."""
+    logit_softcap: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "_Traits":
+        """The traits of a model, which may lie on the meta device.
+
+        Raises:
+            EdgepruneError: if it has an activation for which there is no operator.
+        """
+        config: Any = model.config
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation not in _ACTIVATIONS:
+            raise EdgepruneError(
+                f"the decoder graph has no activation {activation!r}; expected one of {', '.join(_ACTIVATIONS)}; "
+                "use --graph-source traced"
+            )
+        body: Any = model.base_model
+        scalar = getattr(config, "query_pre_attn_scalar", None)
+        return cls(
+            activation=_ACTIVATIONS[activation],
+            norm_offset=_norm_offset(body.norm),
+            embedding_scale=getattr(body.embed_tokens, "scalar_embed_scale", 1.0),
+            has_inner_norms=hasattr(body.layers[0], "pre_feedforward_layernorm"),
+            attention_scale=None if scalar is None else scalar**-0.5,
+            score_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+        )
 
 
 @dataclass(frozen=True)
@@ -62,77 +102,76 @@ class _Shared:
     mask_bias: ir.Value
     window_bias: ir.Value | None
     positions: ir.Value
+    tables: Mapping[str | None, "_Rotary"]
+
+
+@dataclass(frozen=True)
+class _Rotary:
+    """Rotary tables in the graph, and how many channels of a head they rotate."""
+
     cos: ir.Value
     sin: ir.Value
+    rotary_dim: int
 
 
-def build(
-    config: PreTrainedConfig,
-    weights: Weights,
-    data: ExternalData,
-    on_layer: Callable[[float], None] = lambda share: None,
-) -> ir.Model:
+def build(weights: Weights, data: ExternalData, on_layer: Callable[[float], None] = lambda share: None) -> ir.Model:
     """The graph of a checkpoint; its weights are appended to `data` on the way, and `on_layer` hears the share done.
 
     Raises:
         EdgepruneError: if the model has something these operators cannot express.
     """
-    return _Builder(config, weights, data).build(on_layer)
+    return _Builder(weights, data).build(on_layer)
 
 
-class _Builder:
-    def __init__(self, config: PreTrainedConfig, weights: Weights, data: ExternalData) -> None:
-        if config.hidden_act not in ("silu", "swish"):
-            raise EdgepruneError(
-                f"the decoder graph has no activation {config.hidden_act!r}; expected silu; use --graph-source traced"
-            )
-        self._config = config
-        self._weights = weights
-        self._data = data
-        self._widths = layer_widths(config, weights)
-        self._graph = ir.Graph((), (), nodes=(), opset_imports={"": OPSET, MICROSOFT: 1}, name="decoder")
-        self._tape = Tape(self._graph)
+class _Builder(GraphWriter):
+    def __init__(self, weights: Weights, data: ExternalData) -> None:
+        super().__init__(weights, data)
+        self._config: Any = weights.config
+        self._traits = _Traits.of(weights.model)
+        self._widths = weights.layer_widths()
 
     def build(self, on_layer: Callable[[float], None]) -> ir.Model:
-        config = self._config
-        ids, mask = self._input(*interface.INPUT_IDS), self._input(*interface.ATTENTION_MASK)
+        ids, mask = self.input(*interface.INPUT_IDS), self.input(*interface.ATTENTION_MASK)
         shared = self._shared(ids, mask)
-        embedding = self._initializer("model.embed_tokens.weight", self._weights.read("model.embed_tokens.weight"))
-        residual = self._op("Gather", [embedding, ids], "model.embed_tokens")
-        normed = self._op(
-            "SimplifiedLayerNormalization",
-            [residual, self._weight("model.layers.0.input_layernorm.weight")],
-            "model.layers.0.input_layernorm",
-            {"axis": -1, "epsilon": float(config.rms_norm_eps)},
-        )
+        embedding = self.initializer("model.embed_tokens.weight", self.weights.read("model.embed_tokens.weight"))
+        residual = self.op("Gather", [embedding, ids], "model.embed_tokens")
+        if self._traits.embedding_scale != 1.0:
+            scale = self.constant("embedding_scale", np.array(self._traits.embedding_scale, np.float32))
+            residual = self.op("Mul", [residual, scale], "model.embed_tokens/scaled")
+        normed = self._norm(residual, "model.layers.0.input_layernorm")
         presents: list[ir.Value] = []
         for layer, widths in enumerate(self._widths):
             prefix = f"model.layers.{layer}"
             attention, present = self._attention(layer, widths, normed, shared)
             presents += present
-            residual, normed = self._add_and_norm(
+            middle_norm, last_norm = f"{prefix}.post_attention_layernorm", None
+            if self._traits.has_inner_norms:
+                middle_norm, last_norm = f"{prefix}.pre_feedforward_layernorm", f"{prefix}.post_feedforward_layernorm"
+            residual, normed = self._join(
                 residual,
                 attention,
-                bias=f"{prefix}.self_attn.o_proj.bias",
-                norm=f"{prefix}.post_attention_layernorm",
+                linear=f"{prefix}.self_attn.o_proj",
+                inner_norm=f"{prefix}.post_attention_layernorm" if last_norm else None,
+                next_norm=middle_norm,
             )
             is_last = layer == len(self._widths) - 1
-            residual, normed = self._add_and_norm(
+            residual, normed = self._join(
                 residual,
-                self._mlp(f"{prefix}.mlp", normed),
-                bias=f"{prefix}.mlp.down_proj.bias",
-                norm="model.norm" if is_last else f"model.layers.{layer + 1}.input_layernorm",
+                self._gated(f"{prefix}.mlp", widths, normed),
+                linear=f"{prefix}.mlp.down_proj",
+                inner_norm=last_norm,
+                next_norm="model.norm" if is_last else f"model.layers.{layer + 1}.input_layernorm",
             )
             on_layer((layer + 1) / len(self._widths))
         logits = self._lm_head(normed, embedding)
-        shape = (*interface.LOGITS_SHAPE, config.vocab_size)
-        self._graph.outputs.append(interface.describe(logits, "logits", ir.DataType.FLOAT, shape))
-        self._graph.outputs.extend(presents)
-        return ir.Model(self._graph, ir_version=IR_VERSION, producer_name="edgeprune")
+        shape = (*interface.LOGITS_SHAPE, self._config.vocab_size)
+        self.graph.outputs.append(interface.describe(logits, "logits", ir.DataType.FLOAT, shape))
+        self.graph.outputs.extend(presents)
+        return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="edgeprune")
 
     def _shared(self, ids: ir.Value, mask: ir.Value) -> _Shared:
         """What all layers read: where keys end, which are masked, and each token's rotary position."""
-        op, const = self._op, self._constant
+        op, const = self.op, self.constant
         batch = op("Shape", [mask], "mask/batch", {"start": 0, "end": 1})
         total = op("Shape", [mask], "mask/total", {"start": 1, "end": 2})
         tokens = op("Shape", [ids], "ids/tokens", {"start": 1, "end": 2})
@@ -159,9 +198,9 @@ class _Builder:
         rows = op("Unsqueeze", [penalty, const("rows", np.array([1, 2], np.int64))], "mask/rows")
         bias_shape = op("Concat", [batch, one, tokens, total], "mask/bias_shape", {"axis": 0})
         mask_bias = op("Expand", [rows, bias_shape], "mask/bias")
-        window = getattr(self._config, "sliding_window", None)
+        windows = {window_of(self._config, layer) for layer in range(len(self._widths))} - {None}
         window_bias = None
-        if any(_slides(self._config, layer) for layer in range(len(self._widths))):
+        if windows:
             # The operator's own window counts slots, padding included; tokens are what the model counts.
             to_query, to_key = (
                 const("to_query", np.array([1, 3], np.int64)),
@@ -170,225 +209,172 @@ class _Builder:
             queries = op("Unsqueeze", [positions, to_query], "window/queries")
             keys = op("Unsqueeze", [slots, to_key], "window/keys")
             distance = op("Sub", [queries, keys], "window/distance")
-            is_outside = op("GreaterOrEqual", [distance, const("window", np.array(window, np.int64))], "window/outside")
+            window = const("window", np.array(windows.pop(), np.int64))
+            is_outside = op("GreaterOrEqual", [distance, window], "window/outside")
             window_bias = op("Where", [is_outside, masked, mask_bias], "window/bias")
-
-        rope = rotary_tables(self._config, self._widths[0].head_dim)
         return _Shared(
             last_slot=last_slot,
             total_tokens=total_tokens,
             mask_bias=mask_bias,
             window_bias=window_bias,
             positions=positions,
-            cos=self._initializer("rotary.cos", rope.cos),
-            sin=self._initializer("rotary.sin", rope.sin),
+            tables=self._tables(),
         )
+
+    def _tables(self) -> dict[str | None, _Rotary]:
+        found = {}
+        for kind, tables in rotary_tables(self.weights.model).items():
+            name = f"rotary.{kind}" if kind else "rotary"
+            cos, sin = self.initializer(f"{name}.cos", tables.cos), self.initializer(f"{name}.sin", tables.sin)
+            found[kind] = _Rotary(cos, sin, tables.rotary_dim)
+        return found
 
     def _attention(
         self, layer: int, widths: LayerWidths, x: ir.Value, shared: _Shared
     ) -> tuple[ir.Value, list[ir.Value]]:
+        """What o_proj reads, and the layer's new keys and values."""
         prefix = f"model.layers.{layer}.self_attn"
         pasts = [
-            self._input(interface.past_name(layer, part), ir.DataType.FLOAT, interface.past_shape(widths))
+            self.input(interface.past_name(layer, part), ir.DataType.FLOAT, interface.past_shape(widths))
             for part in interface.PARTS
         ]
-        rotates = _uses_rope(self._config, layer)
-        rotates_inside = rotates and widths.head_dim % ROTARY_ALIGNMENT == 0
-        qkv = self._qkv(prefix, widths, x, shared if rotates and not rotates_inside else None)
-        output, *presents = self._tape.op_multi_out(
+        rotary = shared.tables.get(layer_kind(self._config, layer)) or shared.tables.get(None)
+        if not uses_rope(self._config, layer):
+            rotary = None
+        inside = rotary if rotary is not None and rotary.rotary_dim % ROTARY_ALIGNMENT == 0 else None
+        qkv = self._qkv(prefix, widths, x, None if inside else rotary, shared.positions)
+        output, *presents = self.multi_op(
             "GroupQueryAttention",
             [
                 *qkv,
                 *pasts,
                 shared.last_slot,
                 shared.total_tokens,
-                shared.cos if rotates_inside else None,
-                shared.sin if rotates_inside else None,
-                shared.positions if rotates_inside else None,
-                shared.window_bias if _slides(self._config, layer) else shared.mask_bias,
+                inside.cos if inside else None,
+                inside.sin if inside else None,
+                shared.positions if inside else None,
+                shared.mask_bias if window_of(self._config, layer) is None else shared.window_bias,
             ],
+            f"{prefix}/GroupQueryAttention",
             {
                 "num_heads": widths.heads,
                 "kv_num_heads": widths.kv_heads,
-                "scale": widths.head_dim**-0.5,
-                "do_rotary": int(rotates_inside),
+                "scale": self._traits.attention_scale or widths.head_dim**-0.5,
+                "softcap": self._traits.score_softcap,
+                "do_rotary": int(inside is not None),
                 "rotary_interleaved": 0,
             },
-            num_outputs=3,
+            outputs=3,
             domain=MICROSOFT,
-            name=f"{prefix}/GroupQueryAttention",
         )
         output.name = f"{prefix}/output"
         for value, part in zip(presents, interface.PARTS, strict=True):
             name = interface.present_name(layer, part)
             interface.describe(value, name, ir.DataType.FLOAT, interface.present_shape(widths))
-        return self._matmul(output, f"{prefix}.o_proj"), presents
+        return output, presents
 
-    def _qkv(self, prefix: str, widths: LayerWidths, x: ir.Value, rotary: _Shared | None) -> Sequence[ir.Value | None]:
+    def _qkv(
+        self, prefix: str, widths: LayerWidths, x: ir.Value, rotary: _Rotary | None, positions: ir.Value
+    ) -> Sequence[ir.Value | None]:
         """Query, key and value from one product; packed in one value where nothing must be done to them apart."""
-        names = [f"{prefix}.{part}_proj" for part in "qkv"]
-        packed = self._matmul(x, *names, packed_name=f"{prefix}.qkv_proj")
-        if f"{names[0]}.bias" in self._weights:
-            packed = self._add_bias(packed, *names, packed_name=f"{prefix}.qkv_proj")
-        has_norm = f"{prefix}.q_norm.weight" in self._weights
+        packed_name = f"{prefix}.qkv_proj"
+        is_fused = f"{packed_name}.weight" in self.weights  # Phi-3 stores them as one
+        names = [packed_name] if is_fused else [f"{prefix}.{part}_proj" for part in "qkv"]
+        packed = self.linear(x, *names, packed_name=packed_name)
+        has_norm = f"{prefix}.q_norm.weight" in self.weights
         if not has_norm and rotary is None:
             return packed, None, None
         heads = {"q": widths.heads, "k": widths.kv_heads, "v": widths.kv_heads}
-        sizes = np.array([count * widths.head_dim for count in heads.values()], np.int64)
-        values = self._tape.op_multi_out(
-            "Split",
-            [packed, self._constant(f"{prefix}.qkv_sizes", sizes)],
-            {"axis": -1},
-            num_outputs=3,
-            name=f"{prefix}/split",
-        )
+        values = self.split(packed, [count * widths.head_dim for count in heads.values()], packed_name)
         apart = dict(zip("qkv", values, strict=True))
         for part in "qk":
             if has_norm:
                 apart[part] = self._head_norm(f"{prefix}.{part}_norm", apart[part], widths.head_dim)
             if rotary is not None:
-                apart[part] = self._rotate(f"{prefix}.{part}_rotary", apart[part], heads[part], rotary)
+                apart[part] = self.op(
+                    "RotaryEmbedding",
+                    [apart[part], positions, rotary.cos, rotary.sin],
+                    f"{prefix}.{part}_rotary",
+                    {
+                        "num_heads": heads[part],
+                        "interleaved": 0,
+                        # 0 says all of the head, which the operator wants to hear where it is so
+                        "rotary_embedding_dim": rotary.rotary_dim if rotary.rotary_dim < widths.head_dim else 0,
+                    },
+                    domain=MICROSOFT,
+                )
         return list(apart.values())
 
-    def _rotate(self, name: str, x: ir.Value, heads: int, rotary: _Shared) -> ir.Value:
-        inputs = [x, rotary.positions, rotary.cos, rotary.sin]
-        return self._op("RotaryEmbedding", inputs, name, {"num_heads": heads, "interleaved": 0}, domain=MICROSOFT)
-
     def _head_norm(self, name: str, x: ir.Value, head_dim: int) -> ir.Value:
-        by_head = self._constant("by_head", np.array([0, 0, -1, head_dim], np.int64))
-        joined = self._constant("joined", np.array([0, 0, -1], np.int64))
-        heads = self._op("Reshape", [x, by_head], f"{name}/by_head")
-        normed = self._op(
-            "SimplifiedLayerNormalization",
-            [heads, self._weight(f"{name}.weight")],
-            name,
-            {"axis": -1, "epsilon": float(self._config.rms_norm_eps)},
-        )
-        return self._op("Reshape", [normed, joined], f"{name}/joined")
+        by_head = self.constant("by_head", np.array([0, 0, -1, head_dim], np.int64))
+        joined = self.constant("joined", np.array([0, 0, -1], np.int64))
+        heads = self.op("Reshape", [x, by_head], f"{name}/by_head")
+        return self.op("Reshape", [self._norm(heads, name), joined], f"{name}/joined")
 
-    def _mlp(self, prefix: str, x: ir.Value) -> ir.Value:
-        gate, up = (self._linear(x, f"{prefix}.{part}_proj") for part in ("gate", "up"))
-        gated = self._op("Mul", [gate, self._op("Sigmoid", [gate], f"{prefix}/sigmoid")], f"{prefix}/silu")
-        return self._matmul(self._op("Mul", [gated, up], f"{prefix}/product"), f"{prefix}.down_proj")
+    def _gated(self, prefix: str, widths: LayerWidths, x: ir.Value) -> ir.Value:
+        """What down_proj reads."""
+        packed_name = f"{prefix}.gate_up_proj"
+        if f"{packed_name}.weight" in self.weights:  # Phi-3 stores them as one
+            gate, up = self.split(self.linear(x, packed_name), [widths.channels] * 2, packed_name)
+            gate.name, up.name = f"{prefix}.gate", f"{prefix}.up"
+        else:
+            gate, up = (self.linear(x, f"{prefix}.{part}_proj") for part in ("gate", "up"))
+        if self._traits.activation is None:
+            gated = self.op("Mul", [gate, self.op("Sigmoid", [gate], f"{prefix}/sigmoid")], f"{prefix}/silu")
+        else:
+            kind, attributes = self._traits.activation
+            gated = self.op(kind, [gate], f"{prefix}/{kind}", attributes)
+        return self.op("Mul", [gated, up], f"{prefix}/product")
 
-    def _add_and_norm(self, residual: ir.Value, x: ir.Value, *, bias: str, norm: str) -> tuple[ir.Value, ir.Value]:
-        """The sum `residual + x [+ bias]`, and its RMS norm."""
-        inputs = [x, residual, self._weight(f"{norm}.weight")]
-        if bias in self._weights:
-            inputs.append(self._weight(bias))
-        outputs = self._tape.op_multi_out(
+    def _join(
+        self, residual: ir.Value, x: ir.Value, *, linear: str, inner_norm: str | None, next_norm: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """The sum of the residual and `x` through a Linear (and a norm), and the next norm of that sum."""
+        if inner_norm is not None:
+            inputs = [self._norm(self.linear(x, linear), inner_norm), residual, self._norm_weight(next_norm)]
+        else:
+            inputs = [self.matmul(x, linear), residual, self._norm_weight(next_norm)]
+            if f"{linear}.bias" in self.weights:
+                inputs.append(self.initializer(f"{linear}.bias", self.weights.read(f"{linear}.bias")))
+        outputs = self.multi_op(
             "SkipSimplifiedLayerNormalization",
             inputs,
+            next_norm,
             {"epsilon": float(self._config.rms_norm_eps)},
-            num_outputs=4,
+            outputs=4,
             domain=MICROSOFT,
-            name=norm,
         )
         outputs[1].name = outputs[2].name = ""  # mean and inverse deviation, not wanted
-        outputs[0].name, outputs[3].name = f"{norm}/output", f"{norm}/residual"
+        outputs[0].name, outputs[3].name = f"{next_norm}/output", f"{next_norm}/residual"
         return outputs[3], outputs[0]
 
+    def _norm(self, x: ir.Value, name: str) -> ir.Value:
+        attributes: Attributes = {"axis": -1, "epsilon": float(self._config.rms_norm_eps)}
+        return self.op("SimplifiedLayerNormalization", [x, self._norm_weight(name)], name, attributes)
+
+    def _norm_weight(self, name: str) -> ir.Value:
+        weight: Array = self.weights.read(f"{name}.weight")
+        return self.initializer(f"{name}.weight", weight + np.float32(self._traits.norm_offset))
+
     def _lm_head(self, x: ir.Value, embedding: ir.Value) -> ir.Value:
-        if not self._config.tie_word_embeddings:
-            return self._linear(x, "lm_head")
-        # Listed among the graph's inputs, an initializer counts as one that a caller may override (sessions do not show
-        # it as an input). So ONNX Runtime uses the table where it lies, mapped from the file, for both readers. As a
-        # constant it would be packed into a second copy for the product: as fast, and a whole table more of memory.
-        self._graph.inputs.append(embedding)
-        return self._op("FusedMatMul", [x, embedding], "lm_head", {"transB": 1}, domain=MICROSOFT)
-
-    def _linear(self, x: ir.Value, name: str) -> ir.Value:
-        product = self._matmul(x, name)
-        return self._add_bias(product, name) if f"{name}.bias" in self._weights else product
-
-    def _matmul(self, x: ir.Value, *names: str, packed_name: str | None = None) -> ir.Value:
-        """`x` times the transposed weights of one or more Linears, joined along their outputs."""
-        name = packed_name or names[0]
-        weight = self._weights.read_rows([f"{part}.weight" for part in names])
-        return self._op("MatMul", [x, self._initializer(f"{name}.weight", weight.T)], f"{name}/MatMul")
-
-    def _add_bias(self, x: ir.Value, *names: str, packed_name: str | None = None) -> ir.Value:
-        name = packed_name or names[0]
-        bias = self._weights.read_rows([f"{part}.bias" for part in names])
-        return self._op("Add", [x, self._initializer(f"{name}.bias", bias)], f"{name}/Add")
-
-    def _weight(self, name: str) -> ir.Value:
-        return self._initializer(name, self._weights.read(name))
-
-    def _initializer(self, name: str, array: Array) -> ir.Value:
-        return self._tape.initializer(self._data.add(name, array))
-
-    def _constant(self, name: str, array: np.ndarray[Any, np.dtype[Any]]) -> ir.Value:
-        """A small constant that stays inside the graph; one per name."""
-        found = self._graph.initializers.get(name)
-        return found if found is not None else self._tape.initializer(ir.tensor(array, name=name))
-
-    def _input(self, name: str, dtype: ir.DataType, shape: interface.Shape) -> ir.Value:
-        value = interface.describe(ir.Value(), name, dtype, shape)
-        self._graph.inputs.append(value)
-        return value
-
-    def _op(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        attributes: Attributes | None = None,
-        *,
-        domain: str = "",
-    ) -> ir.Value:
-        value = self._tape.op(kind, inputs, attributes, domain=domain, name=name)
-        value.name = f"{name}/output"
-        return value
+        if self._config.tie_word_embeddings:
+            # Listed among the graph's inputs, an initializer counts as one that a caller may override (sessions do not
+            # show it as an input). So ONNX Runtime uses the table where it lies, mapped from the file, for both
+            # readers. As a constant it would be packed into a second copy for the product: that is a tenth faster for
+            # one token, and a whole table more of memory, which is what a small device has least of.
+            self.graph.inputs.append(embedding)
+            logits = self.op("FusedMatMul", [x, embedding], "lm_head", {"transB": 1}, domain=MICROSOFT)
+        else:
+            logits = self.linear(x, "lm_head")
+        if self._traits.logit_softcap is None:
+            return logits
+        cap = self.constant("logit_softcap", np.array(self._traits.logit_softcap, np.float32))
+        squeezed = self.op("Tanh", [self.op("Div", [logits, cap], "lm_head/divided")], "lm_head/tanh")
+        return self.op("Mul", [squeezed, cap], "lm_head/softcap")
 
 
-def _uses_rope(config: PreTrainedConfig, layer: int) -> bool:
-    # SmolLM3 lists one flag per layer, under a name that says the opposite: 1 means that the layer rotates.
-    flags = getattr(config, "no_rope_layers", None)
-    return bool(flags[layer]) if flags else True
-
-
-def _slides(config: PreTrainedConfig, layer: int) -> bool:
-    """Whether a layer sees the last `config.sliding_window` tokens only."""
-    if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
-        return False
-    kinds = getattr(config, "layer_types", None)
-    return kinds is None or bool(kinds[layer] == "sliding_attention")
-
-
-def rotary_tables(config: PreTrainedConfig, head_dim: int) -> _Rope:
-    """Cosines and sines of every position, computed by the model's own rotary module.
-
-    Raises:
-        EdgepruneError: if the frequencies depend on the running length, or do not span the whole head.
-    """
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in _STATIC_ROPE:
-        raise EdgepruneError(
-            f"rope_type {rope_type!r} changes its frequencies with the running length, which a table cannot hold; "
-            f"expected one of {', '.join(_STATIC_ROPE)}"
-        )
-    rotary = _rotary_module(config, head_dim)
-    positions = torch.arange(config.max_position_embeddings)[None]
-    with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
-    if cos.shape[-1] != head_dim:
-        raise EdgepruneError(
-            f"the rotary embedding spans {cos.shape[-1]} of {head_dim} channels of a head; expected all; "
-            "use --graph-source traced"
-        )
-    half = head_dim // 2  # the module repeats the same angles for the second half
-    return _Rope(*(table[0, :, :half].to(torch.float32).contiguous().numpy() for table in (cos, sin)))
-
-
-def _rotary_module(config: PreTrainedConfig, head_dim: int) -> torch.nn.Module:
-    # The module reads head_dim alone, but a config with per-layer widths refuses to answer questions on heads, and
-    # stock configs refuse head counts that do not divide the hidden size. So ask with one head of the right size.
-    with quiet_global_reads():
-        data = config.to_dict()
-    data |= {"head_dim": head_dim, "num_attention_heads": 1, "num_key_value_heads": 1}
-    plain = CONFIG_MAPPING[config.model_type].from_dict({k: v for k, v in data.items() if k != "per_layer_config"})
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(plain)
-    module: torch.nn.Module = type(skeleton.model.rotary_emb)(plain)
-    return module
+def _norm_offset(norm: torch.nn.Module) -> float:
+    """What a norm adds to its weights, asked of the norm itself: with weights of zero only that is left."""
+    asked: Any = copy.deepcopy(norm).to_empty(device="cpu").requires_grad_(False)
+    asked.weight.zero_()
+    return float(asked(torch.ones(asked.weight.shape)).mean().round())

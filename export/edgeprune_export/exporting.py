@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig
 
 import edgeprune_runtime
 from edgeprune.checkpoint import load_pruned
-from edgeprune.configs import UNSAFE_CONFIG_KEYS, architecture, load_config
-from edgeprune.groups import LayerWidths
+from edgeprune.configs import LAYOUT_KEY, UNSAFE_CONFIG_KEYS, architecture, load_config, stock_config
 from edgeprune.plan import PLAN_FILE, PrunePlan
 from edgeprune.weights import read_json
 from edgeprune_export import decoder, traced
@@ -25,8 +24,9 @@ from edgeprune_export.genai import genai_config
 from edgeprune_export.golden import golden_cases
 from edgeprune_export.graph_check import check_graph
 from edgeprune_export.parity import DEFAULT_TOLERANCE, ParityResult, check_parity
+from edgeprune_export.positions import check_causal, check_rope, context_note, context_tokens
 from edgeprune_export.sample_text import DEFAULT_TEXT, tokenize
-from edgeprune_export.weights import Weights, count_parameters, layer_widths
+from edgeprune_export.weights import Weights
 from edgeprune_runtime.bundle import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
@@ -106,19 +106,20 @@ def export(
     check_bundle(out, force=force)
     config = load_config(checkpoint)
     source = graph_source_of(config.model_type, graph_source)
+    check_causal(config)
+    check_rope(config)
     for file in REQUIRED_FILES:
         if not (checkpoint / file).is_file():
             raise EdgepruneError(f"{checkpoint} has no {file}; a bundle needs the tokenizer, save it into this folder")
     for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
         _check_inside(checkpoint, file)
-    with Weights(checkpoint) as weights:
-        widths = layer_widths(config, weights)
-        parameters = Parameters(*count_parameters(config, weights))
+    weights = Weights(checkpoint)
+    parameters = Parameters(*weights.count_parameters())
     check_space(out, 4 * parameters.all + SPARE_BYTES)
     with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder:
-        record = _write_graph(folder, checkpoint, config, widths, source, report)
+        record = _write_graph(folder, checkpoint, weights, source, report)
         parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
-        manifest = _manifest(checkpoint, config, widths, parameters, source, parity, name)
+        manifest = _manifest(checkpoint, weights, parameters, source, parity, name)
         _write_files(folder, checkpoint, config, manifest)
         return _sealed(folder, manifest, {data_file(VARIANT): record}, report)
 
@@ -164,23 +165,16 @@ def _check_inside(checkpoint: Path, file: str) -> None:
         raise EdgepruneError(f"{checkpoint / file} links to {target}, outside its folder; put the file itself there")
 
 
-def _write_graph(
-    folder: Path,
-    checkpoint: Path,
-    config: PreTrainedConfig,
-    widths: list[LayerWidths],
-    source: GraphSource,
-    report: Progress,
-) -> FileRecord:
+def _write_graph(folder: Path, checkpoint: Path, weights: Weights, source: GraphSource, report: Progress) -> FileRecord:
     graph = folder / graph_file(VARIANT)
     graph.parent.mkdir()
     report("graph", 0.0)
-    with Weights(checkpoint) as weights, ExternalData(folder / data_file(VARIANT)) as data:
+    with ExternalData(folder / data_file(VARIANT)) as data:
         if source == "decoder":
-            model = decoder.build(config, weights, data, on_layer=lambda share: report("graph", share))
+            model = decoder.build(weights, data, on_layer=lambda share: report("graph", share))
         else:
-            model = traced.build(load_pruned(checkpoint), widths, data)
-        check_graph(model, config, weights, widths)
+            model = traced.build(load_pruned(checkpoint), weights.layer_widths(), data)
+        check_graph(model, weights)
     ir.save(model, graph)
     report("graph", 1.0)
     return FileRecord(data.sha256, data.size_bytes)
@@ -209,8 +203,7 @@ def _write_proof(
 
 def _manifest(
     checkpoint: Path,
-    config: PreTrainedConfig,
-    widths: list[LayerWidths],
+    weights: Weights,
     parameters: Parameters,
     source: GraphSource,
     parity: ParityResult,
@@ -218,6 +211,7 @@ def _manifest(
 ) -> Manifest:
     plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
     origin = plan.model if plan else checkpoint.resolve().name
+    config = weights.config
     tokens = _special_tokens(checkpoint, config)
     return Manifest(
         edgeprune_version=edgeprune_runtime.__version__,
@@ -232,10 +226,12 @@ def _manifest(
                 parity=cast("Mapping[str, Any]", parity.to_dict()),
             )
         },
-        layers=tuple(Layer(**asdict(width)) for width in widths),
+        layers=tuple(
+            Layer(width.heads, width.kv_heads, width.head_dim, width.channels) for width in weights.layer_widths()
+        ),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        context_tokens=config.max_position_embeddings,
+        context_tokens=context_tokens(config),
         bos_token_id=_one(tokens["bos_token_id"], config.vocab_size),
         eos_token_ids=_several(tokens["eos_token_id"], config.vocab_size),
         pad_token_id=_one(tokens["pad_token_id"], config.vocab_size),
@@ -244,6 +240,7 @@ def _manifest(
         files={},
         versions={"python": platform.python_version(), **{package: version(package) for package in VERSIONED}},
         plan=plan.summary() if plan else None,
+        notes=() if (note := context_note(config)) is None else (note,),
     )
 
 
@@ -270,12 +267,12 @@ def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manif
     for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
         if (checkpoint / file).is_file():
             shutil.copyfile(checkpoint / file, folder / file)
-    data = read_json(checkpoint / CONFIG_FILE)
-    for key in UNSAFE_CONFIG_KEYS & set(data):
+    data = stock_config(read_json(checkpoint / CONFIG_FILE), str(checkpoint))
+    for key in (UNSAFE_CONFIG_KEYS | {LAYOUT_KEY}) & set(data):
         del data[key]
     data |= {
         "architectures": [architecture(config.model_type).BASE],
-        "head_dim": config.head_dim,
+        "head_dim": max(layer.head_dim for layer in manifest.layers),
         "transformers.js_config": {
             "dtype": "fp32",
             "use_external_data_format": {Path(graph_file(VARIANT)).name: 1},

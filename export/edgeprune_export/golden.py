@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
+from edgeprune_export.positions import context_tokens
 from edgeprune_export.reference import continue_greedily, logits_of
 from edgeprune_export.sample_text import windows
 from edgeprune_runtime.golden import GoldenCase
@@ -18,7 +19,7 @@ GREEDY_TOKENS = 8
 
 def golden_cases(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[GoldenCase]:
     """Golden cases from windows of the sequences."""
-    length = min(LENGTH_TOKENS, model.config.max_position_embeddings - GREEDY_TOKENS)
+    length = min(LENGTH_TOKENS, context_tokens(model.config) - GREEDY_TOKENS)
     return [_case(model, ids) for ids in windows(sequences, count=CASES, tokens=length)]
 
 

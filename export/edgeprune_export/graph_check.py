@@ -5,68 +5,81 @@ from collections import defaultdict
 from math import prod
 
 import onnx_ir as ir
-from transformers import PreTrainedConfig
 
 from edgeprune.groups import LayerWidths
 from edgeprune_export import interface
-from edgeprune_export.weights import Weights, count_parameters
+from edgeprune_export.positions import context_tokens
+from edgeprune_export.weights import Weights
 from edgeprune_runtime.errors import GateError
 
+ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention")
 _PARAMETER_ENDINGS = (".weight", ".bias")
-_LAYER = re.compile(r"\bmodel\.layers\.([0-9]{1,9})\.")
 
 
-def check_graph(model: ir.Model, config: PreTrainedConfig, weights: Weights, widths: list[LayerWidths]) -> None:
+def check_graph(model: ir.Model, weights: Weights) -> None:
     """Hold a graph's initializers, attention operators and KV inputs against the checkpoint.
 
     Raises:
         GateError: naming the first size that the checkpoint does not have.
     """
-    _check_parameters(model.graph, config, weights)
-    _check_sizes(model.graph, config, weights, widths)
+    widths = weights.layer_widths()
+    _check_parameters(model.graph, weights)
+    _check_sizes(model.graph, weights, widths)
     _check_attention(model.graph, widths)
     _check_cache(model.graph, widths)
 
 
-def _check_parameters(graph: ir.Graph, config: PreTrainedConfig, weights: Weights) -> None:
+def attention_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes that are a whole attention, in order; a graph has one for each layer."""
+    return [node for node in graph if node.op_type in ATTENTION_OPERATORS]
+
+
+def _check_parameters(graph: ir.Graph, weights: Weights) -> None:
     found = sum(prod(_dims(value)) for name, value in graph.initializers.items() if name.endswith(_PARAMETER_ENDINGS))
-    expected, _ = count_parameters(config, weights)
+    expected, _ = weights.count_parameters()
     if found != expected:
         raise GateError(f"the graph holds {found:,} parameters, the checkpoint {expected:,}; it must not be used")
 
 
-def _check_sizes(graph: ir.Graph, config: PreTrainedConfig, weights: Weights, widths: list[LayerWidths]) -> None:
+def _check_sizes(graph: ir.Graph, weights: Weights, widths: list[LayerWidths]) -> None:
+    layer_name = re.compile(rf"\b{re.escape(weights.blocks_name)}\.([0-9]{{1,9}})\.")
+
+    def layer_of(name: str) -> int | None:
+        found = layer_name.search(name)
+        return int(found[1]) if found else None
+
     own: defaultdict[int, set[int]] = defaultdict(set)
     for layer, width in enumerate(widths):
         own[layer] |= {(width.heads + 2 * width.kv_heads) * width.head_dim, width.head_dim, 1}
-    shared = {1, config.max_position_embeddings}
-    for name in weights.names:
-        place = _layer(name)
-        (shared if place is None else own[place]).update(weights.shape(name))
+    shared = {1, context_tokens(weights.config)}
+    # Rotary frequencies are buffers that no file stores.
+    buffers = {name: tuple(buffer.shape) for name, buffer in weights.model.named_buffers()}
+    for name, shape in (weights.shapes | buffers).items():
+        place = layer_of(name)
+        (shared if place is None else own[place]).update(shape)
     # A tracer may give a constant that it folded out of a layer a name of its own.
-    shared = shared.union(*own.values(), (width.head_dim // 2 for width in widths))
+    shared = shared.union(*own.values())
     for name, value in graph.initializers.items():
-        place = _layer(name)
+        place = layer_of(name)
         # Small integers in the graph are sizes, axes and the like; their values are checked by running it.
         if value.dtype == ir.DataType.FLOAT and not set(_dims(value)) <= (shared if place is None else own[place]):
             where = "the checkpoint" if place is None else f"layer {place} of the checkpoint"
             raise GateError(f"the graph's {name} has the shape {_dims(value)}, which no tensor of {where} has")
 
 
-def _layer(name: str) -> int | None:
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
-
-
 def _check_attention(graph: ir.Graph, widths: list[LayerWidths]) -> None:
-    attributes = [
-        (node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int())
-        for node in graph
-        if node.op_type == "GroupQueryAttention"
-    ]
-    expected = [(width.heads, width.kv_heads) for width in widths]
-    if attributes and attributes != expected:
-        raise GateError(f"the graph's attention has the heads {attributes}, the checkpoint {expected}")
+    nodes = attention_nodes(graph)
+    if len(nodes) != len(widths):
+        raise GateError(f"the graph has {len(nodes)} attention operators for {len(widths)} layers; expected one each")
+    for layer, (node, width) in enumerate(zip(nodes, widths, strict=True)):
+        if node.op_type != "GroupQueryAttention":
+            continue  # the other takes its heads from its inputs' shapes, which come from the weights
+        heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        if (heads, kv_heads) != (width.heads, width.kv_heads):
+            raise GateError(
+                f"the attention of layer {layer} of the graph has {heads} heads on {kv_heads} KV heads, the checkpoint "
+                f"{width.heads} on {width.kv_heads}"
+            )
 
 
 def _check_cache(graph: ir.Graph, widths: list[LayerWidths]) -> None:

@@ -17,6 +17,7 @@ from onnxruntime import InferenceSession
 from transformers import PreTrainedModel
 
 from edgeprune_export import interface
+from edgeprune_export.positions import context_tokens
 from edgeprune_export.reference import Logits, kv_shapes, logits_of
 from edgeprune_export.sample_text import windows
 from edgeprune_runtime.bundle import Padding
@@ -96,7 +97,7 @@ def check_parity(
     """
     comparison = _Comparison(tolerance)
     runner = _Runner(model, graph, threads)
-    length = min(LONG_TOKENS, model.config.max_position_embeddings)
+    length = min(LONG_TOKENS, context_tokens(model.config))
     texts = windows(sequences, count=len(BATCH_LENGTHS), tokens=length)
     try:
         for name, expected, found in _checks(model, runner, texts, padding):

@@ -14,8 +14,10 @@ Logits = NDArray[np.float32]
 
 def logits_of(model: PreTrainedModel, ids: Ids) -> Logits:
     """Logits (T, V) float32 of one sequence, in one pass without a cache."""
+    rows = torch.tensor([list(ids)])
     with torch.inference_mode():
-        output: torch.Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+        # Nothing is padding, even where a text holds the padding token; some models warn if nobody says so.
+        output: torch.Tensor = model(rows, attention_mask=torch.ones_like(rows), use_cache=False).logits[0]
     return output.to(torch.float32).numpy()
 
 

@@ -1,14 +1,15 @@
 """The graph of any prunable model, traced from its own torch code by `torch.onnx.export`, in standard operators.
 
-Slower to make and to run than the declarative graph, and independent of it: what both compute alike is right. The
-wrapper makes the KV cache and the attention mask explicit, so that the border is the same and padding on either side is
-taken.
+Slower to make than the declarative graph, and independent of it: what both compute alike is right. The wrapper makes
+the KV cache and the attention mask explicit, so that the border is the same and padding on either side is taken; the
+attention of a layer comes out as one operator, whatever the model's own code does (`routing`).
 """
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from edgeprune.groups import LayerWidths
 from edgeprune_export import interface
 from edgeprune_export.external_data import ExternalData
+from edgeprune_export.positions import check_rope, constant_rope
 from edgeprune_export.reference import cache_tensors
+from edgeprune_export.routing import Call, routed
 
 OPSET = 23  # the first with Attention and RotaryEmbedding
 
@@ -36,9 +39,11 @@ def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData)
     ids = torch.ones(_BATCH, _TOKENS, dtype=torch.int64)
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
     past_dims = {0: "batch_size", 2: "past_sequence_length"}
-    with _quiet():
+    check_rope(model.config)
+    call = Call()
+    with _quiet(), constant_rope(model), routed(model, call):
         program = torch.onnx.export(
-            _ExplicitCache(model).eval(),
+            _ExplicitCache(model, call).eval(),
             (ids, mask, *pasts),
             dynamo=True,
             opset_version=OPSET,
@@ -64,44 +69,33 @@ def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData)
 class _ExplicitCache(nn.Module):
     """A causal model whose cache and mask are tensors that go in and come out."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, call: Call) -> None:
         super().__init__()
         self.model = model
+        self.call = call
+        self.takes_positions = "position_ids" in signature(model.forward).parameters
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, *pasts: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cache = DynamicCache()
         for layer in range(len(pasts) // 2):
             cache.update(pasts[2 * layer], pasts[2 * layer + 1], layer)
-        tokens = ids.shape[1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.call.begin(mask, ids.shape[1])
         output = self.model(
             input_ids=ids,
-            attention_mask=_masks(self.model.config, mask, positions, tokens),
-            position_ids=positions[:, -tokens:],
+            attention_mask=_masks(self.model.config, self.call),
             past_key_values=cache,
             use_cache=True,
+            **({"position_ids": self.call.query_positions} if self.takes_positions else {}),
         )
         return (output.logits, *cache_tensors(cache))
 
 
-def _masks(
-    config: PreTrainedConfig, mask: torch.Tensor, positions: torch.Tensor, tokens: int
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Additive masks (B, 1, T, slots) float32: one, or one per kind of layer where the model tells kinds apart."""
-    slots = torch.arange(mask.shape[1])
-    seen = (slots[None] <= slots[-tokens:, None]) & (mask[:, None, None] != 0)
-    windowed = seen
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        distance = positions[:, None, -tokens:, None] - positions[:, None, None, :]
-        windowed = seen & (distance < window)
+def _masks(config: PreTrainedConfig, call: Call) -> torch.Tensor | dict[str, torch.Tensor]:
+    """One additive mask, or one per kind of layer where the model tells kinds apart."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if getattr(config, "layer_types", None) is None:
-        return _additive(windowed)
-    return {"full_attention": _additive(seen), "sliding_attention": _additive(windowed)}
-
-
-def _additive(seen: torch.Tensor) -> torch.Tensor:
-    return torch.where(seen, 0.0, interface.MASKED)
+        return call.bias(window)
+    return {"full_attention": call.bias(None), "sliding_attention": call.bias(window)}
 
 
 @contextmanager

@@ -115,7 +115,8 @@ class Manifest:
     """All that a device must know about a bundle, and all that a reader wants to know about how it came to be.
 
     `padding` says on which side of a row in a batch the graphs take padding correctly. `files` lists every file of the
-    bundle but the manifest. `plan` is the summary of what was cut, None for a dense model.
+    bundle but the manifest. `plan` is the summary of what was cut, None for a dense model. `notes` are sentences that a
+    reader should know, such as why the context is shorter than the model's.
     """
 
     edgeprune_version: str
@@ -136,6 +137,7 @@ class Manifest:
     golden: str = GOLDEN_FILE
     plan: Mapping[str, Json] | None = None
     results: Mapping[str, Json] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Json]:
@@ -208,6 +210,7 @@ class Manifest:
             golden=top.path("golden"),
             plan=None if top.values.get("plan") is None else top.mapping("plan"),
             results=top.mapping("results"),
+            notes=top.texts("notes") if "notes" in top.values else (),
         )
         manifest._check_references(where)
         return manifest

@@ -91,6 +91,15 @@ class Fields:
         """A relative path that stays inside its folder."""
         return relative_path(self.text(key), f"{self.where}.{key}")
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings."""
+        found = []
+        for value in self.items(key):
+            if not isinstance(value, str) or len(value) > MAX_TEXT:
+                raise self._wrong(key, value, "a list of strings")
+            found.append(value)
+        return tuple(found)
+
     def paths(self, key: str) -> tuple[str, ...]:
         """A list of relative paths that stay inside their folder."""
         found = []

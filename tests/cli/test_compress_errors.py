@@ -156,7 +156,7 @@ def _without_tokenizer(folder: Path) -> None:
         (_truncated, "is truncated or corrupted"),
         (_corrupted, "is truncated or corrupted"),
         (_not_finite, "NaN or infinite"),
-        (_other_architecture, "which cannot be pruned; known: llama"),
+        (_other_architecture, "which cannot be pruned; known: baichuan, bloom"),
         (_without_config, "has no config.json"),
         (_without_tokenizer, "has no tokenizer"),
     ],

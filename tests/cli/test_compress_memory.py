@@ -106,7 +106,7 @@ def test_limit_that_does_not_do_is_refused_before_a_weight_is_read(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    monkeypatch.setattr("edgeprune.checkpoint.read_tensor", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("edgeprune.weights.read_tensor", lambda *_: pytest.fail("a weight was read"))
     outcome = compress(model_folder, text_file, tmp_path / "out", *arguments, "-q")
     assert outcome.code == 2
     assert message in outcome.err

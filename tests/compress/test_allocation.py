@@ -5,11 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import NAMES, toy
+from toys import KINDS, per_layer_lists, toy
 
 from edgeprune import plugins
 from edgeprune.allocation import flap, influence, knapsack
-from edgeprune.budget import HEAD_PRICE, LARGEST_SHARES, Heads, Layer, Problem, cut_cheapest, relative_price, removed
+from edgeprune.budget import (
+    HEAD_PRICE,
+    LARGEST_SHARES,
+    Heads,
+    Layer,
+    Problem,
+    cut_cheapest,
+    cut_evenly,
+    relative_price,
+    removed,
+)
 from edgeprune.groups import Group, LayerWidths, Slot, check_keep, kept, layer_widths
 from edgeprune.pruning import RATIO_TOLERANCE, Settings, allocate, make_problem, model_groups
 from edgeprune.shrink import linear_shapes, parameters_removed
@@ -20,9 +30,8 @@ INFLUENCE = (0.4, 0.1, 0.05, 0.04, 0.06, 0.2)
 
 
 def scored(name: str = "llama", seed: int = 0, **changes: object) -> tuple[object, list, dict[str, torch.Tensor]]:
-    if name == "smollm3":
-        changes.setdefault("no_rope_layers", [1] * 6)
-    model = toy(name, **WIDE | changes)
+    sizes = WIDE | changes
+    model = toy(name, **sizes | per_layer_lists(name, sizes["num_hidden_layers"]))
     groups = model_groups(model)
     generator = torch.Generator().manual_seed(seed)
     return model, groups, {group.name: torch.rand(group.units, generator=generator) for group in groups}
@@ -33,7 +42,7 @@ def share_removed(model: torch.nn.Module, groups: list, keep: dict) -> float:
     return parameters_removed(groups, keep, linear_shapes(model, groups)) / total
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     "allocation", ["uniform:mixed", "protect", "protect:1,1", "global", "knapsack", "flap", "influence"]
 )
@@ -462,3 +471,27 @@ def test_flap_of_scores_that_are_all_alike_still_meets_the_ratio() -> None:
     ]
     keep = flap.allocate(replace(problem, layers=flat), None)
     check_guards(problem, keep)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.35])
+def test_equal_widths_end_within_the_tolerance_where_some_do(share: float) -> None:
+    """Steps of all layers at once are coarse; another number of heads may come nearer than the cheapest one."""
+    sizes = {"layers": 6, "hidden": 64, "heads": 8, "kv_heads": 4, "head_dim": 16, "channels": 256}
+    whole = sum(layer.parameters for layer in problem_of(**sizes, remove=0).layers)
+    problem = problem_of(**sizes, remove=round(share * whole))
+    counts = [
+        {i: (problem.attention_choices(layer)[pair], channels) for i, layer in enumerate(problem.layers)}
+        for pair in range(len(problem.attention_choices(problem.layers[0])))
+        for channels in problem.channel_counts(problem.layers[0])
+    ]
+    nearest = min(abs(problem.remove - removed(problem, cut)) for cut in counts)
+    tolerance = 0.005 * whole
+    found = cut_evenly(replace(problem, tolerance=tolerance), range(6), same_widths=True)
+    assert abs(problem.remove - removed(problem, found)) <= max(nearest, tolerance)
+
+
+def test_equal_widths_take_only_counts_of_heads_that_fit() -> None:
+    problem = problem_of(layers=4, hidden=64, heads=8, kv_heads=4, head_dim=16, channels=256, remove=40_000, align=1)
+    fitting = replace(problem, fits=lambda kv_heads, heads: (kv_heads, heads) in ((4, 8), (2, 4)))
+    found = cut_evenly(fitting, range(4), same_widths=True)
+    assert all((choice.kv_heads, choice.heads_each) in ((4, 2), (2, 2)) for choice, _ in found.values())

@@ -22,8 +22,11 @@ from edgeprune.checkpoint import SavedCheckpoint, load_pruned, save
 from edgeprune.groups import layer_widths
 from edgeprune.plan import PrunePlan
 from edgeprune.refit import Mode, carry_intercepts
-from edgeprune.shrink import shrink
+from edgeprune.shrink import is_stock, shrink
 from edgeprune_runtime.errors import EdgepruneError
+
+TILED = ("bloom", "gpt2", "gpt_neo", "gpt_neox", "opt")
+"""Types whose stock code makes the heads tile the hidden states."""
 
 REMOTE_CODE_SCRIPT = Path(__file__).with_name("remote_code_script.py")
 
@@ -66,18 +69,60 @@ def test_per_layer_reload_equals_the_cut(name: str, tmp_path: Path) -> None:
     assert torch.equal(copy.generate(ids, **options), model.generate(ids, **options))
 
 
-@pytest.mark.parametrize("name", toys.NAMES)
+def widest_stock_keep(model: Any) -> dict[str, list[int]]:
+    """The same widths in every layer, narrowed wherever stock code takes narrower ones."""
+    groups = groups_of(model)
+    heads, kv_heads = (next(group.units for group in groups if group.kind == kind) for kind in ("heads", "kv_heads"))
+    share = heads // kv_heads
+    keep = uniform_keep(groups, kv_heads=min(2, kv_heads), share=1, channels=32)
+    if is_stock(model.config, layer_widths(groups, keep)):
+        return keep
+    return uniform_keep(groups, kv_heads=kv_heads, share=share, channels=32)
+
+
+@pytest.mark.parametrize("name", [name for name in toys.NAMES if not name.startswith("bloom")])
 def test_uniform_reload_by_stock_transformers_equals_the_cut(name: str, tmp_path: Path) -> None:
     model = toys.toy(name)
-    saved = cut_and_save(model, uniform_keep(groups_of(model), kv_heads=2, share=1, channels=32), tmp_path / "out")
+    dense = layer_widths(groups_of(model), {})[0]
+    saved = cut_and_save(model, widest_stock_keep(model), tmp_path / "out")
     assert (saved.form, saved.notes) == ("uniform", ())
+    widths = layer_widths(groups_of(model), {})[0]
+    assert widths.channels == 32
+    assert (widths.heads < dense.heads) == (name.split("-")[0] not in TILED and name != "phi3-longrope")
     assert not list((tmp_path / "out").glob("*.py"))
     assert_same_model(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
     assert_same_model(model, load_pruned(tmp_path / "out"))
-    assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == 8
+    assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == dense.head_dim
+
+
+def test_bloom_has_no_stock_config_for_narrower_blocks(tmp_path: Path) -> None:
+    for index, cut in enumerate(
+        ({"kv_heads": 4, "share": 1, "channels": 192}, {"kv_heads": 6, "share": 1, "channels": 32})
+    ):
+        model = toys.toy("bloom")
+        saved = cut_and_save(model, uniform_keep(groups_of(model), **cut), tmp_path / str(index))
+        assert saved.form == "per-layer"
+        assert f"refuses {cut['kv_heads']} heads and {cut['channels']} channels" in saved.notes[0]
+        assert_same_model(model, load_pruned(tmp_path / str(index)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3-longrope"])
+def test_equal_heads_that_stock_code_cannot_have_are_saved_per_layer(name: str, tmp_path: Path) -> None:
+    model = toys.toy(name)
+    saved = cut_and_save(model, uniform_keep(groups_of(model), kv_heads=2, share=1, channels=32), tmp_path / "out")
+    assert saved.form == "per-layer"
+    assert "refuses 2 heads" in saved.notes[0]
+    assert_same_model(model, load_pruned(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", toys.NAMES)
+def test_uncut_blocks_leave_a_stock_config(name: str, tmp_path: Path) -> None:
+    model = toys.toy(name)
+    assert cut_and_save(model, {}, tmp_path / "out").form == "uniform"
+    assert_same_model(model, load_pruned(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", toys.KINDS)
 def test_stock_transformers_refuses_a_per_layer_folder(name: str, tmp_path: Path) -> None:
     per_layer(name, tmp_path / "out")
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
@@ -88,7 +133,7 @@ def test_stock_transformers_refuses_a_per_layer_folder(name: str, tmp_path: Path
 
 def test_per_layer_folders_load_without_edgeprune(tmp_path: Path) -> None:
     """One process that cannot import edgeprune loads every type by trust_remote_code and computes the same."""
-    for name in toys.NAMES:
+    for name in toys.KINDS:
         model = per_layer(name, tmp_path / name)
         ids = some_ids(model)
         tokens = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
@@ -96,11 +141,11 @@ def test_per_layer_folders_load_without_edgeprune(tmp_path: Path) -> None:
         save_file(expected, tmp_path / f"{name}.expected")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(REMOTE_CODE_SCRIPT), str(tmp_path), *toys.NAMES],
+        [sys.executable, str(REMOTE_CODE_SCRIPT), str(tmp_path), *toys.KINDS],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == toys.NAMES
+    assert done.stdout.split() == toys.KINDS
 
 
 def test_llama_that_stock_llama_refuses_is_saved_as_mistral(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 from typing import Any
 
 import pytest
+import torch
 import toys
 from cuts import groups_of, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.pytorch_utils import Conv1D
 
-from edgeprune.groups import Group, LayerWidths, Slot, check_keep, kept, layer_widths
+from edgeprune.configs import layout
+from edgeprune.groups import Group, LayerWidths, Slot, blocks_name, check_keep, kept, layer_widths
+from edgeprune.shrink import LinearShape, linear_of
 from edgeprune_runtime.errors import EdgepruneError
 
 KV_HEADS, SHARE, HEAD_DIM, CHANNELS = 3, 4, 8, 16
@@ -80,17 +84,44 @@ def test_layers_come_in_order() -> None:
 
 @pytest.mark.parametrize("name", toys.NAMES)
 def test_groups_describe_the_model(name: str) -> None:
-    """Every slot lies in its Linear, and together the slots of a side cover it exactly."""
+    """Together the slots of a side name every row or column of its Linear once, so that nothing escapes a cut."""
     model = toys.toy(name)
     groups = groups_of(model)
-    covered: dict[tuple[str, str], int] = {}
+    lines: dict[tuple[str, str], list[int]] = {}
     for group in groups:
         for slot in group.slots:
-            linear = model.get_submodule(slot.module)
-            length = linear.out_features if slot.side == "out" else linear.in_features
-            assert slot.start + group.units * slot.size <= length
-            key = (slot.module, slot.side)
-            covered[key] = covered.get(key, 0) + group.units * slot.size
-            assert covered[key] == length
-    assert len(covered) == 7 * model.config.num_hidden_layers
+            lines.setdefault((slot.module, slot.side), []).extend(slot.lines(range(group.units)))
+            assert slot.side == "out" or slot.stride == slot.size
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    assert {module for module, _ in lines} == {name for name in linears if f".{blocks_name(groups)}." in f".{name}."}
+    for (module, side), found in lines.items():
+        shape = LinearShape.of(linear_of(model, module))
+        assert sorted(found) == list(range(shape.out_features if side == "out" else shape.in_features))
     check_keep(groups, random_keep(groups, seed=0))
+
+
+@pytest.mark.parametrize("name", toys.NAMES)
+def test_architectures_name_attributes_that_stock_modules_have(name: str) -> None:
+    """Attributes of other versions of transformers would be written and never read."""
+    model = toys.toy(name)
+    table = layout(model.config.model_type, groups_of(model))
+    for layer, widths in enumerate(layer_widths(groups_of(model), {})):
+        block = model.get_submodule(f"{table['blocks']}.{layer}")
+        counts = {
+            **widths.counts, "heads_each": widths.heads // widths.kv_heads, "inner": widths.heads * widths.head_dim
+        }  # fmt: skip
+        for module, attributes in table["attributes"].items():
+            found = {attribute: getattr(block.get_submodule(module), attribute) for attribute in attributes}
+            assert found == {attribute: counts[width] for attribute, width in attributes.items()}
+        for module in table["config_readers"]:
+            assert block.get_submodule(module).config is model.config
+
+
+@pytest.mark.parametrize(("start", "stride"), [(0, 0), (5, 0), (2, 9)])
+def test_lines_of_a_slot_are_those_of_its_units(start: int, stride: int) -> None:
+    slot = Slot("m", "out", 3, start=start, stride=stride)
+    step = stride or 3
+    expected = [start + unit * step + line for unit in (0, 2, 3) for line in (0, 1, 2)]
+    assert slot.lines((0, 2, 3)) == expected
+    every = torch.arange(64)
+    assert torch.equal(every[slot.all_lines(4)], every[slot.lines(range(4))])

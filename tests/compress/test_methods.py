@@ -1,5 +1,6 @@
 """Every importance method with every allocation and every refit, from a model to a cut one."""
 
+import contextlib
 import copy
 import json
 from dataclasses import replace
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from toys import toy
+from toys import KINDS, toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune import plugins
 from edgeprune.calibration import Calibration
-from edgeprune.pruning import Settings, allocate, apply_plan, judge, make_plan, model_groups
+from edgeprune.checkpoint import load_pruned, save
+from edgeprune.groups import layer_widths
+from edgeprune.pruning import RATIO_TOLERANCE, Settings, allocate, apply_plan, judge, make_plan, model_groups
+from edgeprune_runtime.errors import EdgepruneError
 
 METHODS, ALLOCATIONS = plugins.names("importance"), plugins.names("allocation")
 MODES = ("none", "bias", "least-squares", "intercept")
@@ -37,6 +41,28 @@ def test_every_method_allocation_and_refit_gives_a_model_that_computes(method: s
         smaller = copy.deepcopy(model)
         apply_plan(smaller, replace(plan, keep=keep, refit=MODES[i % len(MODES)]), stats.moments)
         assert torch.isfinite(smaller(tokens.ids).logits).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("method", "allocation"), [("fusion", "protect"), ("obs", "search"), ("flap", "global")])
+def test_every_kind_of_block_is_pruned_saved_and_read_back(
+    method: str, allocation: str, name: str, tmp_path: Path
+) -> None:
+    model = toy(name)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    tokens = calibration(torch.randint(3, 97, (16, 12), generator=torch.Generator().manual_seed(1)))
+    settings = Settings(0.2, method, allocation, align=1, min_channels=4, gradient_sequences=4)
+    with contextlib.suppress(EdgepruneError):  # where the architecture has room for intercepts
+        replace(settings, refit="intercept").check_for(model.config.model_type)
+        settings = replace(settings, refit="intercept")
+    plan, stats = make_plan(model, "toy", tokens, settings)
+    groups = model_groups(model)
+    apply_plan(model, plan, stats.moments)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    assert after == plan.parameters_after
+    assert abs(1 - after / before - 0.2) <= RATIO_TOLERANCE
+    save(model, None, plan, layer_widths(groups, plan.keep), tmp_path / "out")
+    assert torch.equal(load_pruned(tmp_path / "out")(tokens.ids).logits, model(tokens.ids).logits)
 
 
 @torch.no_grad()

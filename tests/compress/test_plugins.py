@@ -6,19 +6,30 @@ import toys
 
 import edgeprune.architectures
 from edgeprune import plugins
+from edgeprune.configs import has_own_form, known_types
 from edgeprune_runtime.errors import EdgepruneError
+
+OWN_FORMS = [name for name in known_types() if has_own_form({"model_type": name})]
 
 
 def test_every_architecture_file_is_found_and_has_a_toy() -> None:
-    assert plugins.names("architectures") == sorted({name.split("-")[0] for name in toys.NAMES})
+    assert sorted({*known_types()} - {*OWN_FORMS}) == sorted({name.split("-")[0] for name in toys.NAMES})
 
 
-@pytest.mark.parametrize("name", plugins.names("architectures"))
+@pytest.mark.parametrize("name", sorted({*known_types()} - {*OWN_FORMS}))
 def test_an_architecture_says_what_the_others_need(name: str) -> None:
     module = plugins.find("architectures", name, "architecture")
     assert callable(module.groups)
-    assert module.BASE.endswith("ForCausalLM")
+    assert module.BASE.endswith(("ForCausalLM", "LMHeadModel"))
     assert module.SOURCE in ("decoder", "traced")
+
+
+@pytest.mark.parametrize("name", OWN_FORMS)
+def test_a_form_of_its_own_becomes_a_known_type(name: str) -> None:
+    module = plugins.find("architectures", name, "architecture")
+    assert module.BECOMES in set(known_types()) - set(OWN_FORMS)
+    assert callable(module.stock_config)
+    assert callable(module.unpack)
 
 
 def test_an_unknown_name_answers_with_the_nearest() -> None:

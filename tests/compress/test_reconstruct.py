@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 import torch
 from cuts import groups_of
-from toys import toy
+from toys import NAMES, per_layer_lists, toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune import reconstruct
 from edgeprune.calibration import Calibration
+from edgeprune.groups import blocks_name
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.pruning import Settings, apply_plan, make_plan
 from edgeprune.reconstruct import mlp_names
 from edgeprune.statistics import Stats
+from edgeprune_runtime.errors import EdgepruneError
 
-FAMILIES = ["llama", "llama-bias", "qwen3"]
+FAMILIES = [name for name in NAMES if name != "opt-narrow"]
 
 
 def calibration(sequences: int = 32, length: int = 24) -> Calibration:
@@ -41,7 +43,7 @@ def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         block.register_forward_hook(
             lambda _m, _i, output: seen.append(output if torch.is_tensor(output) else output[0])
         )
-        for block in model.model.layers
+        for block in model.get_submodule(blocks_name(groups_of(model)))
     ]
     with torch.no_grad():
         model(ids, use_cache=False)
@@ -59,14 +61,14 @@ class Remembering(Journal):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_paths_are_the_hidden_states_of_the_dense_and_of_the_pruned_model(name: str) -> None:
-    model, tokens = toy(name, num_hidden_layers=4, intermediate_size=96), calibration()
+    model, tokens = toy(name, num_hidden_layers=4, **per_layer_lists(name, 4)), calibration()
     plan, stats = planned(model, tokens, allocation="protect:1,1")
     expected = hidden_states(model, tokens.ids)
     journal = Remembering()
     apply_plan(model, plan, stats.moments, tokens, journal=journal)
     shape = (*tokens.ids.shape, model.config.hidden_size)
     found = hidden_states(model, tokens.ids)
-    for layer in range(3):  # the last block stays whole: nobody asks what enters it
+    for layer in range(4):
         dense = journal.rows(f"dense-{layer + 1}", shape, torch.float32)[0:32]
         torch.testing.assert_close(dense, expected[layer], rtol=1e-4, atol=1e-4)
         if layer > 0:
@@ -127,16 +129,19 @@ def test_fit_that_does_not_help_on_the_tokens_kept_aside_is_not_taken(monkeypatc
         assert torch.equal(found, expected)
 
 
-def test_blocks_that_stay_whole_keep_their_weights() -> None:
+def test_blocks_before_the_first_cut_stay_as_they_are_and_those_behind_it_mend_what_was_lost() -> None:
     model, tokens = toy("llama", num_hidden_layers=5, intermediate_size=96), calibration()
     plan, stats = planned(model, tokens, allocation="protect:1,1")
     before = copy.deepcopy(model.model.layers)
     outcomes = apply_plan(model, plan, stats.moments, tokens)
-    for layer in (0, 4):
-        assert f"model.layers.{layer}.mlp" not in outcomes
-        for found, expected in zip(model.model.layers[layer].parameters(), before[layer].parameters(), strict=True):
-            assert torch.equal(found, expected)
-    assert "model.layers.2.mlp" in outcomes
+    assert "model.layers.0.mlp" not in outcomes
+    assert {f"model.layers.{layer}.mlp" for layer in range(1, 5)} <= outcomes.keys()
+    for layer, parts in ((0, ("self_attn", "mlp")), (4, ("self_attn",))):
+        for part in parts:
+            found, expected = (getattr(blocks[layer], part) for blocks in (model.model.layers, before))
+            assert all(torch.equal(*pair) for pair in zip(found.parameters(), expected.parameters(), strict=True))
+    assert outcomes["model.layers.4.mlp"].is_accepted
+    assert not torch.equal(model.model.layers[4].mlp.up_proj.weight, before[4].mlp.up_proj.weight)
 
 
 def test_stored_half_precision_stays() -> None:
@@ -149,13 +154,21 @@ def test_stored_half_precision_stays() -> None:
         assert torch.isfinite(model(tokens.ids).logits).all()
 
 
-def test_an_mlp_is_the_module_around_what_reads_channels_or_what_the_architecture_names(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    groups = [group for group in groups_of(toy("llama")) if group.layer == 1]
-    assert tuple(mlp_names("llama", groups)) == ("mlp",)
-    monkeypatch.setattr("edgeprune.architectures.llama.MLP", ("mlp.a", "mlp.b"), raising=False)
-    assert tuple(mlp_names("llama", groups)) == ("mlp.a", "mlp.b")
+def test_an_mlp_is_the_module_around_what_reads_channels_or_what_the_architecture_names() -> None:
+    for name, expected in {
+        "llama": ["mlp"],
+        "gpt2": ["mlp"],
+        "opt": ["fc1", "activation_fn", "fc2"],
+        "gemma3_text": ["mlp", "post_feedforward_layernorm"],
+    }.items():
+        model = toy(name)
+        assert list(mlp_names(model.config, [g for g in groups_of(model) if g.layer == 1])) == expected
+
+
+def test_an_mlp_that_is_not_simply_added_is_refused_before_any_work() -> None:
+    model = toy("opt", do_layer_norm_before=False)
+    with pytest.raises(EdgepruneError, match=r"wants an MLP whose output is added .* opt .* --refit least-squares"):
+        planned(model, calibration())
 
 
 @pytest.mark.slow

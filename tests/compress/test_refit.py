@@ -3,6 +3,7 @@
 import pytest
 import torch
 from toys import toy
+from transformers.pytorch_utils import Conv1D
 
 from edgeprune import refit as refitting
 from edgeprune.groups import Group, Kind, Slot
@@ -202,20 +203,47 @@ def test_a_linear_is_refitted_at_the_columns_of_its_units() -> None:
     assert outcome == expected.outcome
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "smollm3", "qwen3"])
+def test_a_transposed_linear_is_refitted_as_any_other() -> None:
+    group = Group("g", "heads", 0, 4, (Slot("c_proj", "in", 3),))
+    linear, transposed, x = torch.nn.Linear(12, 7), Conv1D(7, 12), inputs()
+    linear.weight.data.copy_(WEIGHT)
+    transposed.weight.data.copy_(WEIGHT.T)
+    transposed.bias.data.copy_(linear.bias.data)
+    outcomes = [refit_linear(each, group, (0, 3), moments(x), "intercept") for each in (linear, transposed)]
+    assert outcomes[0] == outcomes[1]
+    torch.testing.assert_close(transposed.weight.T, linear.weight)
+    torch.testing.assert_close(transposed.bias, linear.bias)
+
+
+def test_one_switch_for_all_biases_gives_them_to_all() -> None:
+    model, ids = toy("opt", enable_bias=False), torch.randint(3, 97, (2, 9))
+    before = model(ids).logits
+    groups = model_groups(model)
+    shapes = shapes_with_intercepts("opt", linear_shapes(model, groups), groups, "bias", {"channels"})
+    assert carry_intercepts(model, groups, "bias", {"channels"}) > 0
+    assert linear_shapes(model, groups) == shapes
+    assert type(model)(model.config).state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+WITH_BIASES = ("llama-bias", "bloom", "gpt2", "gpt_neo", "gpt_neox", "opt")
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3", "qwen3", "gemma3_text", *WITH_BIASES])
 def test_a_model_with_intercepts_computes_the_same_and_its_config_builds_them(name: str) -> None:
     model, ids = toy(name), torch.randint(3, 97, (2, 9))
     groups = model_groups(model)
     before = model(ids).logits
-    kinds = {"heads"} if name == "qwen3" else {"heads", "channels"}
+    kinds = {"heads"} if name in ("qwen3", "gemma3_text") else {"heads", "channels"}
     parameters = sum(p.numel() for p in model.parameters())
     grown = carry_intercepts(model, groups, "intercept", kinds)
     torch.testing.assert_close(model(ids).logits, before)
     assert sum(p.numel() for p in model.parameters()) == parameters + grown
-    assert (grown == 0) == (name == "llama-bias")
+    assert (grown == 0) == (name in WITH_BIASES)
     rebuilt = type(model)(model.config)
     assert rebuilt.state_dict().keys() == model.state_dict().keys()
-    assert all(shape.has_bias for module, shape in linear_shapes(model, groups).items() if "self_attn" in module)
+    readers = [group.inner.module for group in groups if group.kind in kinds]
+    assert all(linear_shapes(model, groups)[reader].has_bias for reader in readers)
     shrink(model, groups, {group.name: (0, 2) for group in groups if group.kind == "channels"})
     assert torch.isfinite(model(ids).logits).all()
 
@@ -232,7 +260,9 @@ def test_shapes_with_intercepts_are_those_of_the_model_that_carries_them(kinds: 
     assert sum(expected[name].parameters - before[name].parameters for name in before) == grown > 0
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("mistral", "channels"), ("qwen2", "heads"), ("qwen3", "channels")])
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [("mistral", "channels"), ("qwen2", "heads"), ("qwen3", "channels"), ("phi3", "heads")]
+)
 def test_intercepts_are_refused_where_the_config_has_no_switch(model_type: str, kind: str) -> None:
     for mode in ("intercept", "bias"):
         with pytest.raises(EdgepruneError, match="no switch"):

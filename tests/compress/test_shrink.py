@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 import toys
 from cuts import decode, groups_of, prefill, random_keep, silenced, some_ids, uniform_keep
+from transformers.pytorch_utils import Conv1D
 
 from edgeprune.groups import Group, Slot, layer_widths
-from edgeprune.shrink import LinearShape, linear_shapes, parameters_removed, shrink, unit_parameters
+from edgeprune.shrink import LinearShape, linear_shapes, parameters_removed, shrink, unit_parameters, weight_of
 from edgeprune.sources import count_parameters
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -20,10 +23,15 @@ def test_cut_equals_silenced(name: str, seed: int) -> None:
     ids = some_ids(model)
     with silenced(model, groups, keep):
         expected, expected_steps = prefill(model, ids), decode(model, ids, split=4)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # the first sequence is shorter, and padded on the left
+    with silenced(model, groups, keep):
+        expected_padded = prefill(model, ids, mask)
     dense = prefill(model, ids)
     shrink(model, groups, keep)
     torch.testing.assert_close(prefill(model, ids), expected, **TOLERANCE)
     torch.testing.assert_close(decode(model, ids, split=4), expected_steps, **TOLERANCE)
+    torch.testing.assert_close(prefill(model, ids, mask), expected_padded, **TOLERANCE)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(prefill(model, ids), expected, **TOLERANCE)
     assert (dense - expected).abs().max() > 0.1  # the cut took something that mattered
@@ -49,6 +57,61 @@ def test_query_heads_on_other_kv_heads_are_noticed(name: str) -> None:
         layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data[rows]
         layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data[:, rows]
     assert (prefill(model, ids) - expected).abs().max() > 0.05
+
+
+def test_slopes_of_other_heads_are_noticed() -> None:
+    """ALiBi slopes stay with the heads that they belonged to; those of a smaller model would be other ones."""
+    model = toys.toy("bloom")
+    groups = groups_of(model)
+    keep: dict[str, list[int]] = {}
+    for group in groups:
+        keep[group.name] = [1, 2, 5] if group.kind in ("heads", "kv_heads") else [*range(0, group.units, 2)]
+    ids = some_ids(model)
+    with silenced(model, groups, keep):
+        expected = prefill(model, ids)
+    shrink(model, groups, keep)
+    torch.testing.assert_close(prefill(model, ids), expected, **TOLERANCE)
+    attentions = [block.self_attention for block in model.transformer.h]
+    for attention in attentions:
+        attention.alibi_heads = [0, 1, 2]  # the slopes of the first heads that there were
+    assert (prefill(model, ids) - expected).abs().max() > 0.01
+    model.transformer.num_heads = 3  # the slopes of a model that has three heads in all
+    for attention in attentions:
+        attention.dense_heads = 3
+    assert (prefill(model, ids) - expected).abs().max() > 0.01
+
+
+def test_slopes_are_named_by_the_heads_of_the_first_model_however_often_it_is_cut() -> None:
+    model = toys.toy("bloom")
+    for heads in ([1, 3, 4, 5], [0, 2, 3]):
+        groups = groups_of(model)
+        shrink(model, groups, {group.name: heads for group in groups if group.kind in ("heads", "kv_heads")})
+    assert [widths.alibi_heads for widths in layer_widths(groups_of(model), {})] == [(1, 4, 5)] * 3
+    assert model.config.n_head == 6
+    assert [block.self_attention.alibi_heads for block in model.transformer.h] == [[1, 4, 5]] * 3
+
+
+def test_modules_that_read_their_config_see_their_own_sizes_and_follow_the_rest() -> None:
+    model = toys.toy("phi3")
+    groups = groups_of(model)
+    shrink(model, groups, {"layers.1.heads": [0, 2, 4]})
+    attention = model.model.layers[1].self_attn
+    assert (attention.config.num_attention_heads, model.config.num_attention_heads) == (3, 6)
+    model.set_attn_implementation("eager")
+    assert attention.config._attn_implementation == "eager"
+    twin = copy.deepcopy(model)
+    assert twin.model.layers[1].self_attn.config.num_attention_heads == 3
+    torch.testing.assert_close(prefill(twin, some_ids(model)), prefill(model, some_ids(model)))
+
+
+def test_weights_are_seen_as_out_by_in_however_they_are_stored() -> None:
+    linear, transposed = torch.nn.Linear(5, 3), Conv1D(3, 5)
+    transposed.weight.data = linear.weight.data.T.contiguous()
+    assert LinearShape.of(linear) == LinearShape.of(transposed) == LinearShape(3, 5, has_bias=True)
+    assert torch.equal(weight_of(linear), weight_of(transposed))
+    with torch.no_grad():
+        weight_of(transposed)[2, 4] = 7.0
+    assert transposed.weight[4, 2] == 7.0
 
 
 @pytest.mark.parametrize("name", toys.NAMES)

@@ -5,14 +5,17 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import baichuan
 import pytest
 import torch
 import toys
 from cuts import groups_of, prefill, random_keep, some_ids
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from edgeprune import sources
 from edgeprune.checkpoint import save
+from edgeprune.configs import known_types
 from edgeprune.groups import layer_widths
 from edgeprune.shrink import shrink
 from edgeprune.sources import count_parameters, load, load_tokenizer, open_source
@@ -168,12 +171,12 @@ def test_config_that_is_no_json_object(text: str, folder: Path) -> None:
     [
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' (a mixture of experts)"),
         ({"model_type": "qwen3_moe", "num_experts": 128}, "'qwen3_moe' (a mixture of experts)"),
-        ({"model_type": "mamba"}, "'mamba' (a state-space or recurrent model)"),
+        ({"model_type": "mamba"}, "'mamba' (a state-space, recurrent or hybrid model)"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' (an encoder-decoder)"),
         ({"model_type": "t5"}, "'t5' (an encoder-decoder)"),
         ({"model_type": "bert"}, "'bert' (not a decoder-only language model)"),
         ({"model_type": "vit"}, "'vit' (not a decoder-only language model)"),
-        ({"model_type": "gpt2"}, "'gpt2', which cannot be pruned"),
+        ({"model_type": "gptj"}, "'gptj', which cannot be pruned"),
         ({"model_type": "no-such-thing"}, "'no-such-thing', which cannot be pruned"),
         ({}, "names no model_type"),
         ({"model_type": ["llama"]}, "names no model_type"),
@@ -184,7 +187,7 @@ def test_architecture_that_cannot_be_pruned(config: dict[str, Any], what: str, t
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(tmp_path)
     assert what in message
-    assert "prune before" in message or "llama, mistral, qwen2, qwen3, smollm3" in message
+    assert "prune before" in message or ", ".join(known_types()) in message
 
 
 def test_foreign_code_needs_leave(folder: Path) -> None:
@@ -345,3 +348,32 @@ def test_code_beside_a_gguf_file_is_not_run(tmp_path: Path) -> None:
         with contextlib.suppress(EdgepruneError):
             read(source)
     assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_llama_of_old_has_only_a_sentencepiece_model(folder: Path, place: str) -> None:
+    """As Vicuna's folder: no tokenizer.json; ids, beginning of text and chat template are there all the same."""
+    (folder / "tokenizer.model").write_bytes(baichuan.sentencepiece(dummy_prefix=True))
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, "model_max_length": 10**30}
+    template = "{% for message in messages %}USER: {{ message['content'] }} ASSISTANT:{% endfor %}"
+    if place == "tokenizer_config.json":
+        settings["chat_template"] = template
+    else:
+        (folder / place).write_text(template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(open_source(str(folder)))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("the in").input_ids) == ["<s>", "▁the", "▁", "in"]
+    assert tokenizer.decode(tokenizer("the in").input_ids, skip_special_tokens=True) == "the in"
+    assert tokenizer.chat_template == template
+    tokenizer.save_pretrained(folder / "saved")
+    copy = AutoTokenizer.from_pretrained(folder / "saved")
+    assert copy("the in").input_ids == tokenizer("the in").input_ids
+    assert copy.chat_template == template
+
+
+def test_special_token_that_the_sentencepiece_model_lacks(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(baichuan.sentencepiece())
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(EdgepruneError, match=r"has no piece '<\|end\|>'"):
+        load_tokenizer(open_source(str(folder)))

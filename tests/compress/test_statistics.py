@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import unit_sums
 from toys import NAMES, toy
 
 from edgeprune.distributed import Ranks
@@ -19,14 +20,6 @@ def some_ids(sequences: int = 4, length: int = 21) -> torch.Tensor:
     return torch.randint(3, 97, (sequences, length), generator=torch.Generator().manual_seed(7))
 
 
-def summed(model: torch.nn.Module, group: Group, of_weight: object) -> torch.Tensor:
-    total = torch.zeros(group.units)
-    for slot in group.slots:
-        values = of_weight(model.get_submodule(slot.module).weight)
-        total += values.sum(1 if slot.side == "out" else 0).reshape(group.units, -1).sum(1)
-    return total
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_block_by_block_gradients_equal_autograd_through_the_whole_model(name: str) -> None:
     model, ids = toy(name), some_ids()
@@ -36,7 +29,7 @@ def test_block_by_block_gradients_equal_autograd_through_the_whole_model(name: s
     loss.backward()
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     for group in groups:
-        expected = summed(model, group, lambda weight: (weight.detach() * weight.grad).abs())
+        expected = unit_sums(model, group, lambda weight: (weight.detach() * weight.grad).abs())
         torch.testing.assert_close(stats.scores[group.name], expected, rtol=1e-5, atol=1e-9)
 
 
@@ -59,7 +52,7 @@ def test_fisher_is_the_mean_square_of_single_sample_gradients() -> None:
         return (weight.detach() * mean[name] - 0.5 * weight.detach() ** 2 * squares[name]).abs()
 
     for group in groups:
-        torch.testing.assert_close(stats.scores[group.name], summed(model, group, mixed), rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(stats.scores[group.name], unit_sums(model, group, mixed), rtol=1e-4, atol=1e-8)
 
 
 def literal_mask_fisher(model: Any, group: Group, reader: Group, ids: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuts import groups_of
+from cuts import groups_of, unit_sums
 from safetensors.torch import load_file, save_file
-from toys import NAMES, toy
+from toys import KINDS, NAMES, toy
 
-from edgeprune import checkpoint
+from edgeprune import weights
 from edgeprune.calibration import Calibration
 from edgeprune.checkpoint import load_pruned, open_decoder, save
 from edgeprune.groups import layer_widths
@@ -83,20 +83,17 @@ def test_streamed_statistics_equal_those_of_the_whole_model(method: str, tmp_pat
     assert list(found.influence) == pytest.approx(list(expected.influence))
 
 
-def test_streamed_gradients_equal_one_shot_autograd(tmp_path: Path) -> None:
-    model, ids = stored(tmp_path / "model", "qwen3"), some_ids()
+@pytest.mark.parametrize("name", ["qwen3", *KINDS])
+def test_streamed_gradients_equal_one_shot_autograd(name: str, tmp_path: Path) -> None:
+    model, ids = stored(tmp_path / "model", name), some_ids(11)  # steps of eleven, ten and one sequence
     model.requires_grad_(True)
     loss = model(ids, labels=ids).loss
     loss.backward()
     stats = gather(open_decoder(tmp_path / "model"), groups_of(model), ids, Method.parse("taylor-fine"))
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     for group in groups_of(model):
-        total = torch.zeros(group.units)
-        for slot in group.slots:
-            weight = model.get_submodule(slot.module).weight
-            values = (weight * weight.grad).detach().abs()
-            total += values.sum(1 if slot.side == "out" else 0).reshape(group.units, -1).sum(1)
-        torch.testing.assert_close(stats.scores[group.name], total, rtol=1e-5, atol=1e-9)
+        total = unit_sums(model, group, lambda weight: (weight * weight.grad).detach().abs())
+        torch.testing.assert_close(stats.scores[group.name], total, rtol=1e-5, atol=1e-7)
 
 
 def test_logits_in_small_chunks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +161,11 @@ def test_streamed_cut_equals_the_cut_in_memory(keeps_blocks: bool, tmp_path: Pat
         torch.testing.assert_close(streamed[name], whole[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stored_dtype_is_kept_and_both_precisions_run(dtype: torch.dtype, tmp_path: Path) -> None:
-    stored(tmp_path / "model", dtype=dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", torch.float16), *((name, torch.bfloat16) for name in (*KINDS, "gpt_neo"))]
+)
+def test_stored_dtype_is_kept_and_both_precisions_run(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    stored(tmp_path / "model", name, dtype=dtype)
     calibration, settings = Calibration(some_ids(), "test", 0, ""), Settings(0.2, align=1, min_channels=4)
     for products in (torch.float32, torch.bfloat16):
         decoder = open_decoder(tmp_path / "model")
@@ -199,7 +198,7 @@ def test_blocks_that_are_kept_are_read_once(tmp_path: Path, monkeypatch: pytest.
     for layer in range(decoder.layers):
         with decoder.block(layer):
             pass
-    monkeypatch.setattr(decoder, "_read_tensor", lambda name: pytest.fail(f"{name} was read again"))
+    monkeypatch.setattr(decoder, "read_tensor", lambda name: pytest.fail(f"{name} was read again"))
     for layer in range(decoder.layers):
         with decoder.block(layer) as block:
             assert not next(block.parameters()).is_meta
@@ -207,7 +206,7 @@ def test_blocks_that_are_kept_are_read_once(tmp_path: Path, monkeypatch: pytest.
 
 def test_nothing_is_read_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored(tmp_path)
-    monkeypatch.setattr(checkpoint, "read_tensor", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(weights, "read_tensor", lambda *_: pytest.fail("a tensor was read"))
     decoder = open_decoder(tmp_path)
     assert all(parameter.is_meta for parameter in decoder.model.parameters())
     assert count_parameters(decoder.model) > 0

@@ -12,12 +12,12 @@ from exported import SAMPLE, decoder_graph, pruned
 from safetensors.torch import load_file, save_file
 
 from edgeprune.checkpoint import load_pruned
-from edgeprune.configs import load_config
+from edgeprune.configs import architecture
 from edgeprune_export import interface
 from edgeprune_export.external_data import GRANULARITY_BYTES, LARGE_TENSOR_BYTES, PAGE_BYTES, ExternalData
-from edgeprune_export.graph_check import check_graph
+from edgeprune_export.graph_check import attention_nodes, check_graph
 from edgeprune_export.parity import check_parity
-from edgeprune_export.weights import Weights, count_parameters, layer_widths
+from edgeprune_export.weights import Weights
 from edgeprune_runtime.errors import EdgepruneError, GateError
 
 TOLERANCE = 1e-4
@@ -30,14 +30,34 @@ ROPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 32,
     },
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    # These two change their frequencies with the length of a text, but only beyond what the graph takes.
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "factor": 2.0,
+        "short_factor": [1.0 + 0.1 * index for index in range(8)],
+        "long_factor": [2.0 + index for index in range(8)],
+        "original_max_position_embeddings": 64,
+    },
 }
+NAMES = [name for name in toys.NAMES if architecture(name.split("-")[0]).SOURCE == "decoder"]
+# The operator rotates stretches whose size is a multiple of 16; others are rotated before it.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {} if name == "phi3-longrope" else {"head_dim": 16}) for name in NAMES),
+    ("llama", {"head_dim": 8}),
+    ("qwen3", {"head_dim": 8}),
+    ("gemma3_text", {"head_dim": 256}),
+    ("phi3", {"head_dim": 32, "partial_rotary_factor": 0.5}),
+    ("phi3", {"head_dim": 16, "partial_rotary_factor": 0.75, "sliding_window": 7}),
+    ("gemma2", {"head_dim": 16, "attention_bias": True}),
+]
 
 
-# The operator rotates heads whose size is a multiple of 16; smaller ones are rotated before it.
-@pytest.mark.parametrize(("name", "head_dim"), [*((name, 16) for name in toys.NAMES), ("llama", 8), ("qwen3", 8)])
-def test_graph_equals_torch(name: str, head_dim: int, tmp_path: Path) -> None:
-    model = pruned(tmp_path / "model", name, head_dim=head_dim)
-    result = check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_graph_equals_torch(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", name, **changes)
+    graph = decoder_graph(tmp_path / "model", tmp_path)
+    check_graph(ir.load(graph), Weights(tmp_path / "model"))
+    result = check_parity(model, graph, SAMPLE, tolerance=TOLERANCE, threads=1)
     assert result.argmax_agreement == 1.0
     assert {"batch padded left", "batch padded right", "batch padded mixed", "decode padded mixed"} <= set(
         result.checks
@@ -45,7 +65,7 @@ def test_graph_equals_torch(name: str, head_dim: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_every_static_rope_scaling_equals_torch(kind: str, tmp_path: Path) -> None:
+def test_every_rope_scaling_equals_torch_as_far_as_the_context_goes(kind: str, tmp_path: Path) -> None:
     rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
     model = pruned(tmp_path / "model", "llama", head_dim=16, rope_parameters=rope)
     check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
@@ -76,25 +96,6 @@ def test_half_precision_weights_are_widened_exactly(tmp_path: Path) -> None:
     check_parity(load_pruned(tmp_path / "model"), graph, SAMPLE, tolerance=TOLERANCE, threads=1)
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "factor": 2.0},
-        {
-            "rope_type": "longrope",
-            "factor": 2.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [2.0] * 8,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-)
-def test_rope_that_depends_on_the_length_is_refused(rope: dict[str, Any], tmp_path: Path) -> None:
-    toys.toy("llama", head_dim=16, rope_parameters={"rope_theta": 10000.0, **rope}).save_pretrained(tmp_path / "model")
-    with pytest.raises(EdgepruneError, match=f"rope_type '{rope['rope_type']}'.*running length"):
-        decoder_graph(tmp_path / "model", tmp_path)
-
-
 def test_unknown_activation_is_refused(tmp_path: Path) -> None:
     toys.toy("llama", hidden_act="relu").save_pretrained(tmp_path / "model")
     with pytest.raises(EdgepruneError, match=r"'relu'.*traced"):
@@ -116,12 +117,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_no_size_of_the_dense_model_is_left(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama-bias", head_dim=16)
     graph = ir.load(decoder_graph(tmp_path / "model", tmp_path)).graph
-    with Weights(tmp_path / "model") as weights:
-        widths = layer_widths(load_config(tmp_path / "model"), weights)
+    widths = Weights(tmp_path / "model").layer_widths()
     assert len(set(widths)) == 3
     dims = {size for value in graph.initializers.values() for size in value.shape.numpy()}
     assert toys.COMMON["intermediate_size"] not in dims | {width.channels for width in widths}
-    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    attention = attention_nodes(graph)
     assert [node.attributes["num_heads"].as_int() for node in attention] == [width.heads for width in widths]
     assert [node.attributes["kv_num_heads"].as_int() for node in attention] == [width.kv_heads for width in widths]
     shapes = {value.name: value.shape for value in graph.inputs}
@@ -133,11 +133,10 @@ def test_no_size_of_the_dense_model_is_left(tmp_path: Path) -> None:
 
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama-mha")
-    config = load_config(tmp_path / "model")
-    assert config.tie_word_embeddings
+    weights = Weights(tmp_path / "model")
+    assert weights.config.tie_word_embeddings
     graph = ir.load(decoder_graph(tmp_path / "model", tmp_path)).graph
-    with Weights(tmp_path / "model") as weights:
-        parameters, _ = count_parameters(config, weights)
+    parameters, _ = weights.count_parameters()
     stored = [value.const_value for value in graph.initializers.values()]
     tensors = [tensor for tensor in stored if isinstance(tensor, ir.ExternalTensor)]
     rotary = sum(tensor.nbytes for tensor in tensors if tensor.name.startswith("rotary"))
@@ -167,25 +166,27 @@ def test_large_tensors_are_aligned_for_mapping(tmp_path: Path) -> None:
 def test_graph_that_lost_a_parameter_is_refused(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama-bias")
     model = ir.load(decoder_graph(tmp_path / "model", tmp_path))
-    config = load_config(tmp_path / "model")
-    with Weights(tmp_path / "model") as weights:
-        widths = layer_widths(config, weights)
-        check_graph(model, config, weights, widths)
-        del model.graph.initializers["model.layers.1.mlp.up_proj.bias"]
-        with pytest.raises(GateError, match="parameters"):
-            check_graph(model, config, weights, widths)
+    weights = Weights(tmp_path / "model")
+    check_graph(model, weights)
+    del model.graph.initializers["model.layers.1.mlp.up_proj.bias"]
+    with pytest.raises(GateError, match="parameters"):
+        check_graph(model, weights)
 
 
 def test_layer_with_the_size_of_another_layer_is_refused(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama")
     model = ir.load(decoder_graph(tmp_path / "model", tmp_path))
-    config = load_config(tmp_path / "model")
     # The sum of parameters is as it was, and every size is one that the checkpoint knows.
     first, second = (model.graph.initializers[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (0, 1))
     assert first.shape != second.shape
     first.const_value, second.const_value = second.const_value, first.const_value
-    with (
-        Weights(tmp_path / "model") as weights,
-        pytest.raises(GateError, match=r"no tensor of layer \d of the checkpoint"),
-    ):
-        check_graph(model, config, weights, layer_widths(config, weights))
+    with pytest.raises(GateError, match=r"no tensor of layer \d of the checkpoint"):
+        check_graph(model, Weights(tmp_path / "model"))
+
+
+def test_layer_without_one_attention_operator_is_refused(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama")
+    model = ir.load(decoder_graph(tmp_path / "model", tmp_path))
+    attention_nodes(model.graph)[1].op_type = "SomethingElse"
+    with pytest.raises(GateError, match="2 attention operators for 3 layers"):
+        check_graph(model, Weights(tmp_path / "model"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import pruned
+from exported import letter_tokenizer, pruned
 from typer.testing import CliRunner
 
 from edgeprune.checkpoint import load_pruned
@@ -20,6 +20,14 @@ from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.validate import validate
 
 PROMPT = list(range(20, 44))
+VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = 'A chat.' %}{% set turns = messages %}{% endif %}"
+    "{{ bos_token + system }}{% for turn in turns %}"
+    "{% if turn['role'] == 'user' %}{{ ' USER: ' + turn['content'] }}"
+    "{% else %}{{ ' ASSISTANT: ' + turn['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +191,46 @@ def test_command_reads_a_text_to_compare_on(checkpoint: Path, tmp_path: Path) ->
     (tmp_path / "text.txt").write_text("A cat sat on the mat and looked at the sea.\n" * 9)
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "text.txt")])
     assert (result.exit_code, result.output) == (0, "")
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_template_of_the_tokenizer_is_what_run_speaks(place: str, tmp_path: Path) -> None:
+    tokenizer = letter_tokenizer(bos_token="^", eos_token="~", chat_template=VICUNA_TEMPLATE)
+    checkpoint = tmp_path / "toy"
+    model = pruned(checkpoint, "llama", tokenizer=tokenizer, head_dim=16)
+    if place == "tokenizer_config.json":  # where older checkpoints have it
+        (checkpoint / "chat_template.jinja").unlink()
+        config = json.loads((checkpoint / place).read_text())
+        (checkpoint / place).write_text(json.dumps(config | {"chat_template": VICUNA_TEMPLATE}))
+    export(checkpoint, tmp_path / "bundle")
+    arguments = [
+        "run",
+        str(tmp_path / "bundle"),
+        "-p",
+        "Hi?",
+        "--system",
+        "Be kind.",
+        "--max-new-tokens",
+        "8",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    prompt = tokenizer.encode("^Be kind. USER: Hi? ASSISTANT:", add_special_tokens=False)
+    expected = continue_greedily(model, prompt, 8)
+    if 2 in expected:
+        expected = expected[: expected.index(2)]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["prompt_tokens"], found["tokens"]) == (len(prompt), expected)
+
+
+def test_context_that_ends_before_the_models_is_explained(tmp_path: Path) -> None:
+    pruned(tmp_path / "toy", "phi3-longrope")
+    manifest = export(tmp_path / "toy", tmp_path / "bundle")
+    assert manifest.context_tokens == 64
+    assert manifest.notes == open_bundle(tmp_path / "bundle").manifest.notes
+    assert "ends at 64 of the model's 128 tokens: longrope" in manifest.notes[0]
+    validate(open_bundle(tmp_path / "bundle"), threads=1).ensure_passed()
 
 
 def test_really_trained_model_exports_and_validates(stories260k: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from exported import SAMPLE, decoder_graph, pruned
 from onnx_ir.tape import Tape
 
 from edgeprune_export import interface, parity
+from edgeprune_export.graph_check import attention_nodes
 from edgeprune_export.parity import check_parity
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS
@@ -117,6 +118,27 @@ def test_attention_mask_off_by_one_is_refused(model_and_graph: tuple[Any, Path],
     node.replace_input_with(0, rolled)
     ir.save(broken, graph)
     refused(model_and_graph[0], graph)
+
+
+@pytest.mark.parametrize("error_tokens", [-1, 1])
+def test_window_off_by_one_is_refused(tmp_path: Path, error_tokens: int) -> None:
+    model = pruned(tmp_path / "model", "mistral-window", head_dim=HEAD_DIM)
+    graph = decoder_graph(tmp_path / "model", tmp_path)
+    check_parity(model, graph, SAMPLE, threads=1)
+    broken = ir.load(graph)
+    window = np.array(model.config.sliding_window + error_tokens, np.int64)
+    broken.graph.initializers["window"].const_value = ir.tensor(window, name="window")
+    ir.save(broken, graph)
+    refused(model, graph)
+
+
+def test_score_softcap_that_is_left_out_is_refused(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", "gemma2", head_dim=HEAD_DIM)
+    graph = decoder_graph(tmp_path / "model", tmp_path)
+    broken = ir.load(graph)
+    attention_nodes(broken.graph)[1].attributes["softcap"] = ir.AttrFloat32("softcap", 0.0)
+    ir.save(broken, graph)
+    refused(model, graph)
 
 
 def test_missing_input_is_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:

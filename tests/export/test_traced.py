@@ -1,4 +1,4 @@
-"""The traced graph computes what torch and the declarative graph compute, padding included."""
+"""The traced graph computes what torch computes, with one attention operator for each layer, padding included."""
 
 from pathlib import Path
 from typing import Any
@@ -9,35 +9,37 @@ import toys
 from exported import SAMPLE, pruned
 
 from edgeprune.checkpoint import load_pruned
-from edgeprune.configs import load_config
 from edgeprune_export import traced
 from edgeprune_export.external_data import ExternalData
 from edgeprune_export.graph_check import check_graph
 from edgeprune_export.parity import check_parity
-from edgeprune_export.weights import Weights, layer_widths
+from edgeprune_export.weights import Weights
 
 TOLERANCE = 1e-4
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in toys.NAMES),
     ("mistral", {"sliding_window": 7}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("phi3", {"head_dim": 16, "partial_rotary_factor": 0.75, "sliding_window": 7}),
 ]
 
 
 def traced_equals_torch(folder: Path, name: str, changes: dict[str, Any]) -> None:
     pruned(folder / "model", name, **changes)
-    model, config = load_pruned(folder / "model"), load_config(folder / "model")
-    with Weights(folder / "model") as weights, ExternalData(folder / "model.onnx_data") as data:
-        widths = layer_widths(config, weights)
-        graph = traced.build(model, widths, data)
-        check_graph(graph, config, weights, widths)
+    model, weights = load_pruned(folder / "model"), Weights(folder / "model")
+    before = model.config._attn_implementation
+    with ExternalData(folder / "model.onnx_data") as data:
+        graph = traced.build(model, weights.layer_widths(), data)
+    check_graph(graph, weights)
     ir.save(graph, folder / "model.onnx")
-    assert len(set(widths)) > 1
+    assert len(set(weights.layer_widths())) > 1
+    # The same model, which tracing has left as it was.
+    assert model.config._attn_implementation == before
     check_parity(model, folder / "model.onnx", SAMPLE, tolerance=TOLERANCE, threads=1)
 
 
-def test_traced_graph_equals_torch(tmp_path: Path) -> None:
-    traced_equals_torch(tmp_path, "llama-mha", {"num_hidden_layers": 2})
+def test_traced_graph_with_local_layers_of_its_own_equals_torch(tmp_path: Path) -> None:
+    traced_equals_torch(tmp_path, "gpt_neo", {"num_hidden_layers": 2, "attention_types": [[["global", "local"], 1]]})
 
 
 @pytest.mark.slow

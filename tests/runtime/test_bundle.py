@@ -112,6 +112,7 @@ WRONG = [
     ("files", {}, "does not list"),
     ("model", None, "an object was expected"),
     ("golden", "/golden.npz", "a relative path"),
+    ("notes", ["why", 1], "a list of strings"),
 ]
 
 
@@ -122,6 +123,13 @@ def test_wrong_field_is_named(folder: Path, key: str, value: object, message: st
         open_bundle(folder)
     assert key in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_manifest_without_notes_is_read(folder: Path) -> None:
+    document = json.loads((folder / MANIFEST_FILE).read_text())
+    del document["notes"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(document))
+    assert open_bundle(folder).manifest.notes == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"schema_version": NaN}', b"[" * 100_000])
