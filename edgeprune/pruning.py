@@ -48,7 +48,17 @@ from edgeprune.shrink import (
     unit_parameters,
 )
 from edgeprune.sources import count_parameters
-from edgeprune.statistics import BATCH_TOKENS, Method, Moments, Progress, Stats, gather, held_out, moments_entry
+from edgeprune.statistics import (
+    BATCH_TOKENS,
+    HELD_OUT_EVERY,
+    Method,
+    Moments,
+    Progress,
+    Stats,
+    gather,
+    held_out,
+    moments_entry,
+)
 from edgeprune.stock import check_alike, check_stock_widths, stock_counts
 from edgeprune.streaming import Decoder, check_finite
 from edgeprune.streaming import model_groups as model_groups
@@ -135,13 +145,19 @@ class Settings:
             check_stock_widths(model_type)
 
     def check_sequences(self, sequences: int) -> None:
-        """Check that the allocation can do with so many calibration sequences.
+        """Check that allocation and refit can do with so many calibration sequences.
 
         Raises:
-            EdgepruneError: if it cannot.
+            EdgepruneError: if they cannot.
         """
         if self.reads_moments:
             check_sequences(sequences)
+        if self.refit == "reconstruct" and sequences < HELD_OUT_EVERY:
+            raise EdgepruneError(
+                f"refit reconstruct judges itself on one of {HELD_OUT_EVERY} calibration sequences, kept aside, and "
+                f"{sequences} leave none; raise --calibration-sequences to {HELD_OUT_EVERY} or more, or use --refit "
+                "least-squares"
+            )
 
     @property
     def is_uniform(self) -> bool:
@@ -484,6 +500,8 @@ def apply_plan(
             paths.forget(layer)
         if journal.folder is not None:
             journal.forget(*(moments_entry(group.inner.module) for group in of_layer if group.kind != "kv_heads"))
+    if paths is not None:
+        paths.forget(decoder.layers)
     progress("refit and cut", decoder.layers, decoder.layers)
     set_widths(decoder.config, layer_widths(groups, plan.keep))
     return outcomes

@@ -134,7 +134,7 @@ class Paths:
             damping=None,
             is_accepted=is_accepted,
             held_out_error_before=before[1],
-            held_out_error=after[1],
+            held_out_error=after[1] if math.isfinite(after[1]) else None,  # a fit may run away
             error=(after if is_accepted else before)[0],
         )
         return f"{self._decoder.prefix(layer)}{names[0]}", outcome

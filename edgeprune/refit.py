@@ -175,7 +175,7 @@ def check_intercepts(model_type: str, mode: Mode, kinds: Iterable[Kind]) -> None
             reader = "o_proj" if kind == "heads" else "down_proj"
             raise EdgepruneError(
                 f"refit {mode} gives {reader} a bias, and a {model_type} config has no switch for one; "
-                "expected least-squares or none"
+                "expected least-squares, reconstruct or none"
             )
 
 

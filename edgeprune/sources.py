@@ -336,9 +336,9 @@ def _gguf_config(name: str, file: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
         )
+        state_head_dim(config)
     except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
         raise EdgepruneError(f"cannot read the metadata of {file}: {one_line(error)}") from error
-    state_head_dim(config)
     return cast(PreTrainedConfig, config)
 
 

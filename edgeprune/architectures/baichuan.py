@@ -77,12 +77,13 @@ def unpack(config: Mapping[str, Any], name: str) -> Mapping[str, Callable[[torch
 
 
 def _has_norm_head(config: Mapping[str, Any]) -> bool:
-    return "z_loss_weight" in config or NORM_HEAD_CLASS in (config.get("architectures") or ())
+    classes = config.get("architectures")
+    return "z_loss_weight" in config or (isinstance(classes, list) and NORM_HEAD_CLASS in classes)
 
 
 def _part(number: int, packed: torch.Tensor) -> torch.Tensor:
-    rows = packed.shape[0] // len(PARTS)
-    return packed[number * rows : (number + 1) * rows]
+    part: torch.Tensor = packed.unflatten(0, (len(PARTS), -1))[number]
+    return part
 
 
 def _unit_rows(head: torch.Tensor) -> torch.Tensor:

@@ -25,13 +25,14 @@ INTERCEPT = {"heads": None, "channels": None}
 
 def groups(config: Any) -> list[Group]:
     """Groups of every layer."""
-    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer)]
+    slopes = tuple(range(config.num_attention_heads))  # one for all layers: an untrusted config may name many of both
+    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer, slopes)]
 
 
-def _layer_groups(config: Any, layer: int) -> list[Group]:
+def _layer_groups(config: Any, layer: int, slopes: tuple[int, ...]) -> list[Group]:
     widths = read_widths(config, layer, WIDTHS, channels=4 * config.hidden_size)
     if not widths.alibi_heads:
-        widths = replace(widths, alibi_heads=tuple(range(widths.heads)))
+        widths = replace(widths, alibi_heads=slopes[: widths.heads])
     size = widths.head_dim
     attention, mlp = f"transformer.h.{layer}.self_attention", f"transformer.h.{layer}.mlp"
     return block_groups(

@@ -337,7 +337,9 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     with open_journal_of(options, source, settings, ranks) as journal:
         with stages.stage("open the model"):
             tokenizer = load_tokenizer(source)
-            decoder, dense = open_dense(source, tokenizer, journal, exports=not options.checkpoint_only)
+            decoder, dense = open_dense(
+                source, tokenizer, journal, exports=not (options.checkpoint_only or options.dry_run)
+            )
             dtype = find_dtype(options.dtype, journal, ranks)
             footprint = fit_memory(options, settings, decoder, dtype, max_memory_bytes)
             decoder.keeps_blocks = footprint.keeps_blocks

@@ -13,6 +13,7 @@ from commandline import Outcome, invoke
 from transformers import AutoModelForCausalLM
 
 from edgeprune.checkpoint import load_pruned
+from edgeprune.cli.opening import open_dense
 from edgeprune.cli.verdict import in_words
 from edgeprune.groups import layer_widths
 from edgeprune.plan import PrunePlan
@@ -158,6 +159,20 @@ def test_dry_run_shows_the_plan_and_writes_nothing(model_folder: Path, text_file
     assert not names(tmp_path)
     (tmp_path / "out").mkdir()
     assert compress(model_folder, text_file, tmp_path / "out", "--dry-run").code == 0
+
+
+def test_dry_run_does_not_convert_a_model_for_an_export(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def noted(*arguments: Any, exports: bool) -> Any:
+        asked.append(exports)
+        return open_dense(*arguments, exports=exports)
+
+    monkeypatch.setattr("edgeprune.cli.compress.open_dense", noted)
+    assert compress(model_folder, text_file, tmp_path / "out", "--dry-run").code == 0
+    assert asked == [False]
 
 
 def test_json_is_one_document_and_nothing_else(

@@ -129,7 +129,16 @@ def test_error_of_a_search_ends_all_processes_with_one_line(
 
 
 def test_more_processes_than_sequences(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    few = ("--calibration-sequences", 2, "--gradient-sequences", 2, "--method", "taylor-fine")
+    few = (
+        "--calibration-sequences",
+        2,
+        "--gradient-sequences",
+        2,
+        "--method",
+        "taylor-fine",
+        "--refit",
+        "least-squares",
+    )
 
     def compress(output: Path) -> Outcome:
         return invoke("compress", model_folder, "-c", text_file, "-o", output, *SMALL, *few)

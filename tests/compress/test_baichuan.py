@@ -112,6 +112,7 @@ def test_alibi_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
         ("model.layers.1.self_attn.W_pack.weight", None, "lacks the tensor model.layers.1.self_attn.k_proj.weight"),
         ("model.layers.1.self_attn.W_pack.weight", torch.zeros(96, 48), "do not belong together"),
         ("model.layers.1.self_attn.W_pack.weight", torch.zeros(()), "can be made"),
+        ("model.layers.1.self_attn.W_pack.weight", torch.zeros(145, 48), "can be made"),
         ("model.layers.1.mlp.more.weight", torch.zeros(3), "does not expect: model.layers.1.mlp.more.weight"),
         ("model.norm.weight", torch.full((48,), torch.nan), "NaN or infinite"),
     ],
@@ -126,6 +127,12 @@ def test_weights_that_do_not_fit(tmp_path: Path, form: str, name: str, tensor: t
     folder = baichuan.save(tmp_path / "model", config, weights, form)
     with pytest.raises(EdgepruneError, match=what):
         load(open_source(str(folder)))
+
+
+def test_a_config_whose_classes_are_no_list_is_read(tmp_path: Path) -> None:
+    config = GENERATIONS["baichuan"]
+    folder = baichuan.save(tmp_path / "model", config | {"architectures": 5}, baichuan.tensors(config))
+    assert load(open_source(str(folder))).config.model_type == "llama"
 
 
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import toys
 from cuts import groups_of, prefill, random_keep, some_ids
-from transformers import GPT2LMHeadModel
+from transformers import BloomConfig, GPT2LMHeadModel
 
 from edgeprune.checkpoint import load_pruned, save
 from edgeprune.configs import architecture, check_architecture, known_types, load_config
@@ -98,6 +98,14 @@ def test_head_counts_that_nothing_has_are_refused(heads: int, tmp_path: Path) ->
     change(tmp_path, n_head=heads)
     with pytest.raises(EdgepruneError, match="attention heads; expected 1 to"):
         load_config(tmp_path)
+
+
+def test_many_layers_share_the_slopes_of_many_heads() -> None:
+    config = BloomConfig(n_layer=3, n_head=1000, hidden_size=1000)
+    slopes = [group.alibi_heads for group in architecture("bloom").groups(config) if group.kind == "heads"]
+    assert slopes[0] == tuple(range(1000))
+    # a tuple for each layer would let two numbers of a config take all memory
+    assert all(of_layer is slopes[0] for of_layer in slopes)
 
 
 @pytest.mark.parametrize(

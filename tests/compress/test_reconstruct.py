@@ -171,6 +171,13 @@ def test_an_mlp_that_is_not_simply_added_is_refused_before_any_work() -> None:
         planned(model, calibration())
 
 
+def test_too_few_sequences_to_judge_on_are_refused_before_any_work() -> None:
+    settings = Settings(0.2, refit="reconstruct")
+    settings.check_sequences(8)
+    with pytest.raises(EdgepruneError, match="7 leave none; raise --calibration-sequences to 8 or more"):
+        planned(toy("llama"), calibration(sequences=7))
+
+
 @pytest.mark.slow
 def test_on_a_trained_model_it_wins_what_the_closed_form_leaves(stories260k: Path, data_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()

