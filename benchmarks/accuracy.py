@@ -11,8 +11,8 @@ r"""What pruning costs in accuracy: perplexity, LAMBADA and multiple choice of t
         --calibration-tokens 256                                         # another model on its own text
 
 Rows are the dense model and the recipes of recipes.py, or those given with --recipe. All remove the same share of all
-parameters, see the same calibration tokens, and none is trained on a loss: each is calibrated on C4 (another text than those it is
-judged on), cut, and refitted as it says. Choose recipes on `--split valid` (the default); `test` is
+parameters and see the same calibration tokens, and none is trained on a loss: each is calibrated on C4 (another text
+than those it is judged on), cut, and refitted as it says. Choose recipes on `--split valid` (the default); `test` is
 read once, for the final table: what was tuned on a text says little on that text.
 
 WikiText-2's rows are joined by a blank line as GPTQ, SparseGPT and Wanda do, then read in windows that do not overlap.
