@@ -54,6 +54,12 @@ def architecture(model_type: str) -> ModuleType:
     return plugins.find("architectures", model_type, "architecture")
 
 
+def config_groups(config: PreTrainedConfig) -> list[Group]:
+    """The groups of every layer, as the architecture file lists them for the sizes that the config states now."""
+    family = architecture(config.model_type)
+    return [group for layer in range(config.num_hidden_layers) for group in family.layer_groups(config, layer)]
+
+
 def load_config(folder: Path) -> PreTrainedConfig:
     """Config of a checkpoint folder, with `head_dim` stated and without the keys that make transformers run other code.
 
@@ -79,7 +85,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         config = stock.from_dict(data)
         state_head_dim(config)
         with quiet_global_reads():
-            groups = architecture(model_type).groups(config)
+            groups = config_groups(config)
             _check_heads(config, groups)
         if config.is_heterogeneous:
             setattr(config, LAYOUT_KEY, layout(model_type, groups))

@@ -141,6 +141,23 @@ def read_widths(config: Any, layer: int, keys: WidthKeys, *, channels: int = 0) 
     )
 
 
+def separate_qkv(attention: str, size: int) -> dict[str, Slot]:
+    """Slots of queries, keys and values for `block_groups`, where each has its own Linear: q_proj, k_proj, v_proj."""
+    return {part: Slot(f"{attention}.{part}_proj", "out", size) for part in "qkv"}
+
+
+def stacked_qkv(module: str, widths: LayerWidths) -> dict[str, Slot]:
+    """The same where one Linear has all rows of the queries, then of the keys, then of the values."""
+    queries, keys = widths.heads * widths.head_dim, widths.kv_heads * widths.head_dim
+    starts = {"q": 0, "k": queries, "v": queries + keys}
+    return {part: Slot(module, "out", widths.head_dim, start=start) for part, start in starts.items()}
+
+
+def interleaved_qkv(module: str, size: int) -> dict[str, Slot]:
+    """The same where one Linear has [q k v] of one head after the other."""
+    return {part: Slot(module, "out", size, start=i * size, stride=3 * size) for i, part in enumerate("qkv")}
+
+
 def block_groups(
     layer: int, widths: LayerWidths, *, q: Slot, k: Slot, v: Slot, o: Slot, channels: Sequence[Slot]
 ) -> list[Group]:

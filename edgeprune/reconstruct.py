@@ -23,6 +23,7 @@ What flows between the blocks are rows of the journal (`dense-L`, `pruned-L`), a
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -85,7 +86,6 @@ class Paths:
         """
         self._decoder = decoder
         self._ids = ids
-        self._dtype = dtype
         self._journal = journal
         judged = min(len(held_out(ids)), -(-JUDGED_TOKENS // ids.shape[1]))
         self._fitting = len(ids) - judged
@@ -118,12 +118,12 @@ class Paths:
         """
         names = mlp_names(self._decoder.config, groups)
         mlp = nn.Sequential(*(block.get_submodule(name) for name in names))
-        read, target = self._rows("read", layer, self._dtype), self._rows("target", layer)
+        read, target = self._rows("read", layer, self._pass.dtype), self._rows("target", layer)
         source = self._rows("dense" if is_first else "pruned", layer)
         energy = self._find_targets(layer, block, mlp, source, read, target)
         fitted = copy.deepcopy(mlp).float()
         before = self._missed(fitted, read, target)
-        _fit(fitted, self._batches(read, target), self._steps_in_all, energy, self._autocast)
+        _fit(fitted, self._batches(read, target), self._steps_in_all, energy, self._pass.products)
         after = self._missed(fitted, read, target)
         is_accepted = after[1] < before[1]
         if is_accepted:
@@ -205,12 +205,9 @@ class Paths:
 
     def _given(self, mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What an MLP gives, float32."""
-        with self._autocast():
+        with self._pass.products():
             output: torch.Tensor = mlp(x.to(next(mlp.parameters()).dtype))
         return output.float()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
     def _batches(self, read: Rows, target: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Shuffled tokens `(S, D)` of the sequences that are fitted, and their targets, for all epochs."""
@@ -274,7 +271,7 @@ def _fit(
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
     steps: int,
     energy: float,
-    products: Callable[[], torch.autocast],
+    products: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Fit the matrices and biases of an MLP to its targets of this mean energy, in place."""
     mlp.requires_grad_(True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from edgeprune import modeling_edgeprune
-from edgeprune.configs import LAYOUT_KEY, architecture, layout, quiet_global_reads
+from edgeprune.configs import LAYOUT_KEY, architecture, config_groups, layout, quiet_global_reads
 from edgeprune.groups import (
     ALIBI_KEY,
     Group,
@@ -159,7 +159,7 @@ def set_widths(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> bool:
     config.per_layer_config = {layer: sizes[layer] | slopes[layer] for layer in range(len(widths))}
     # Stock code (config validation, some rope variants, AutoTokenizer) reads the global sizes in passing.
     config.allow_global_per_layer_attribute_access = True
-    setattr(config, LAYOUT_KEY, layout(config.model_type, architecture(config.model_type).groups(config)))
+    setattr(config, LAYOUT_KEY, layout(config.model_type, config_groups(config)))
     return False
 
 
@@ -176,7 +176,7 @@ def is_stock(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> bool:
     trial.per_layer_config = None
     trial.__dict__.pop("allow_global_per_layer_attribute_access", None)
     family = architecture(config.model_type)
-    global_widths = layer_widths(family.groups(trial), {})[0]
+    global_widths = layer_widths(config_groups(trial), {})[0]
     if global_widths.alibi_heads != widths[0].alibi_heads or any(
         count != widths[0].counts[kind] for kind, count in global_widths.counts.items() if kind not in family.STOCK
     ):

@@ -33,7 +33,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from edgeprune.configs import architecture, quiet_global_reads
+from edgeprune.configs import architecture, config_groups, quiet_global_reads
 from edgeprune.groups import Group, blocks_name
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -322,16 +322,17 @@ class Pass:
             name: _repeated(value, len(hidden)) if name in self._of_sequences[layer] else value
             for name, value in calls[layer].items()
         }
-        with self._products():
+        with self.products():
             return self._decoder.run(layer, block, hidden, calls).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `(B, T, V)` of what leaves the last block."""
-        with self._products():
+        with self.products():
             return self._decoder.logits(hidden, self.weights_dtype).float()
 
     @contextmanager
-    def _products(self) -> Iterator[None]:
+    def products(self) -> Iterator[None]:
+        """Inside, matrix products have this precision."""
         if self.dtype != torch.bfloat16:
             yield
             return
@@ -354,8 +355,7 @@ class _FloatNorms(TorchFunctionMode):
 
 def model_groups(model: PreTrainedModel) -> list[Group]:
     """The groups that the model's architecture file lists."""
-    found: list[Group] = architecture(model.config.model_type).groups(model.config)
-    return found
+    return config_groups(model.config)
 
 
 def check_finite(model_name: str, name: str, tensor: torch.Tensor) -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from edgeprune import plugins
+from edgeprune.configs import config_groups
 from edgeprune.groups import Group, Keep, heads_per_kv_head, kept
 
 
 def groups_of(model: Any) -> list[Group]:
-    groups: list[Group] = plugins.find("architectures", model.config.model_type, "architecture").groups(model.config)
-    return groups
+    return config_groups(model.config)
 
 
 def random_keep(groups: Sequence[Group], seed: int) -> dict[str, list[int]]:

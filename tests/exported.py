@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import toys
 from cuts import groups_of, random_keep
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -49,3 +50,17 @@ def decoder_graph(source: Path, folder: Path) -> Path:
         model = decoder.build(Weights(source), data)
     ir.save(model, folder / "model.onnx")
     return folder / "model.onnx"
+
+
+def genai_continuation(bundle: Path, prompt: list[int], tokens: int) -> list[int]:
+    """What onnxruntime-genai writes greedily after a prompt, at most so many tokens; skips without that package."""
+    og: Any = pytest.importorskip("onnxruntime_genai", reason="needs the extra 'genai'")
+    model = og.Model(str(bundle))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + tokens, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    continuation: list[int] = generator.get_sequence(0)[len(prompt) :].tolist()
+    return continuation

@@ -2,7 +2,7 @@
 
 To add one, imitate `llama.py`, or `bloom.py` for fused projections and ALiBi:
 
-1. `groups(config)` lists the groups of every layer (see `edgeprune.groups`);
+1. `layer_groups(config, layer)` lists the groups of one layer (see `edgeprune.groups`);
 2. `BASE` names the stock `transformers` class;
 3. `SOURCE` says which graph builder exports it: "decoder" (declarative, fused ops) or "traced" (torch.onnx);
 4. `WIDTHS` names the config key of each kind of width, and `STOCK` the kinds that stock code reads from the config as

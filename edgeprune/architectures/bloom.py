@@ -8,10 +8,10 @@ always saved per layer.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
-from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths
+from edgeprune.groups import Group, Slot, WidthKeys, block_groups, interleaved_qkv, read_widths
 
 BASE = "BloomForCausalLM"
 SOURCE = "traced"
@@ -23,27 +23,25 @@ RETURNS_TUPLE = True
 INTERCEPT = {"heads": None, "channels": None}
 
 
-def groups(config: Any) -> list[Group]:
-    """Groups of every layer."""
-    slopes = tuple(range(config.num_attention_heads))  # one for all layers: an untrusted config may name many of both
-    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer, slopes)]
-
-
-def _layer_groups(config: Any, layer: int, slopes: tuple[int, ...]) -> list[Group]:
+def layer_groups(config: Any, layer: int) -> list[Group]:
+    """Groups of one layer."""
     widths = read_widths(config, layer, WIDTHS, channels=4 * config.hidden_size)
     if not widths.alibi_heads:
-        widths = replace(widths, alibi_heads=slopes[: widths.heads])
-    size = widths.head_dim
+        widths = replace(widths, alibi_heads=_first_heads(widths.heads))
     attention, mlp = f"transformer.h.{layer}.self_attention", f"transformer.h.{layer}.mlp"
     return block_groups(
         layer,
         widths,
-        q=Slot(f"{attention}.query_key_value", "out", size, stride=3 * size),
-        k=Slot(f"{attention}.query_key_value", "out", size, start=size, stride=3 * size),
-        v=Slot(f"{attention}.query_key_value", "out", size, start=2 * size, stride=3 * size),
-        o=Slot(f"{attention}.dense", "in", size),
+        **interleaved_qkv(f"{attention}.query_key_value", widths.head_dim),
+        o=Slot(f"{attention}.dense", "in", widths.head_dim),
         channels=(Slot(f"{mlp}.dense_h_to_4h", "out", 1), Slot(f"{mlp}.dense_4h_to_h", "in", 1)),
     )
+
+
+@lru_cache(maxsize=1)
+def _first_heads(heads: int) -> tuple[int, ...]:
+    # one tuple for all layers: an untrusted config may name many of both
+    return tuple(range(heads))
 
 
 def mlp(config: Any) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ Nothing of that touches the groups: the norms, soft-caps and masks are those of 
 
 from typing import Any
 
-from edgeprune.architectures.llama import ATTRIBUTES, STOCK, WIDTHS, groups
+from edgeprune.architectures.llama import ATTRIBUTES, STOCK, WIDTHS, layer_groups
 
-__all__ = ["ATTRIBUTES", "BASE", "INTERCEPT", "SOURCE", "STOCK", "WIDTHS", "groups", "mlp"]
+__all__ = ["ATTRIBUTES", "BASE", "INTERCEPT", "SOURCE", "STOCK", "WIDTHS", "layer_groups", "mlp"]
 
 BASE = "Gemma2ForCausalLM"
 SOURCE = "decoder"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths
+from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths, stacked_qkv
 
 BASE = "GPT2LMHeadModel"
 SOURCE = "traced"
@@ -12,21 +12,14 @@ ATTRIBUTES = {"attn": {"num_heads": "heads", "split_size": "inner"}}
 INTERCEPT = {"heads": None, "channels": None}
 
 
-def groups(config: Any) -> list[Group]:
-    """Groups of every layer."""
-    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer)]
-
-
-def _layer_groups(config: Any, layer: int) -> list[Group]:
+def layer_groups(config: Any, layer: int) -> list[Group]:
+    """Groups of one layer."""
     widths = read_widths(config, layer, WIDTHS, channels=4 * config.hidden_size)
-    size, inner = widths.head_dim, widths.heads * widths.head_dim
     attention, mlp = f"transformer.h.{layer}.attn", f"transformer.h.{layer}.mlp"
     return block_groups(
         layer,
         widths,
-        q=Slot(f"{attention}.c_attn", "out", size),
-        k=Slot(f"{attention}.c_attn", "out", size, start=inner),
-        v=Slot(f"{attention}.c_attn", "out", size, start=2 * inner),
-        o=Slot(f"{attention}.c_proj", "in", size),
+        **stacked_qkv(f"{attention}.c_attn", widths),
+        o=Slot(f"{attention}.c_proj", "in", widths.head_dim),
         channels=(Slot(f"{mlp}.c_fc", "out", 1), Slot(f"{mlp}.c_proj", "in", 1)),
     )

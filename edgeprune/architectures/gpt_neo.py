@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths
+from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths, separate_qkv
 
 BASE = "GPTNeoForCausalLM"
 SOURCE = "traced"
@@ -15,20 +15,14 @@ RETURNS_TUPLE = True
 INTERCEPT = {"heads": None, "channels": None}
 
 
-def groups(config: Any) -> list[Group]:
-    """Groups of every layer."""
-    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer)]
-
-
-def _layer_groups(config: Any, layer: int) -> list[Group]:
+def layer_groups(config: Any, layer: int) -> list[Group]:
+    """Groups of one layer."""
     widths = read_widths(config, layer, WIDTHS, channels=4 * config.hidden_size)
     attention, mlp = f"transformer.h.{layer}.attn.attention", f"transformer.h.{layer}.mlp"
     return block_groups(
         layer,
         widths,
-        q=Slot(f"{attention}.q_proj", "out", widths.head_dim),
-        k=Slot(f"{attention}.k_proj", "out", widths.head_dim),
-        v=Slot(f"{attention}.v_proj", "out", widths.head_dim),
+        **separate_qkv(attention, widths.head_dim),
         o=Slot(f"{attention}.out_proj", "in", widths.head_dim),
         channels=(Slot(f"{mlp}.c_fc", "out", 1), Slot(f"{mlp}.c_proj", "in", 1)),
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from edgeprune.groups import KEYS, Group, Slot, block_groups, read_widths
+from edgeprune.groups import KEYS, Group, Slot, block_groups, read_widths, separate_qkv
 
 BASE = "LlamaForCausalLM"
 SOURCE = "decoder"
@@ -15,20 +15,14 @@ STAND_IN = ("mistral", {"sliding_window": None})
 INTERCEPT = {"heads": "attention_bias", "channels": "mlp_bias"}
 
 
-def groups(config: Any) -> list[Group]:
-    """Groups of every layer; the sizes are read per layer, so that a pruned model can be pruned again."""
-    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer)]
-
-
-def _layer_groups(config: Any, layer: int) -> list[Group]:
+def layer_groups(config: Any, layer: int) -> list[Group]:
+    """Groups of one layer; its own sizes are read, so that a pruned model can be pruned again."""
     widths = read_widths(config, layer, WIDTHS)
     attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
     return block_groups(
         layer,
         widths,
-        q=Slot(f"{attention}.q_proj", "out", widths.head_dim),
-        k=Slot(f"{attention}.k_proj", "out", widths.head_dim),
-        v=Slot(f"{attention}.v_proj", "out", widths.head_dim),
+        **separate_qkv(attention, widths.head_dim),
         o=Slot(f"{attention}.o_proj", "in", widths.head_dim),
         channels=(
             Slot(f"{mlp}.gate_proj", "out", 1),

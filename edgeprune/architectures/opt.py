@@ -5,7 +5,7 @@ The projections of narrow embeddings (opt-350m) lie outside the blocks, so a cut
 
 from typing import Any
 
-from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths
+from edgeprune.groups import Group, Slot, WidthKeys, block_groups, read_widths, separate_qkv
 
 BASE = "OPTForCausalLM"
 SOURCE = "traced"
@@ -15,20 +15,14 @@ ATTRIBUTES = {"self_attn": {"num_heads": "heads"}}
 INTERCEPT = {"heads": "enable_bias", "channels": "enable_bias"}
 
 
-def groups(config: Any) -> list[Group]:
-    """Groups of every layer."""
-    return [group for layer in range(config.num_hidden_layers) for group in _layer_groups(config, layer)]
-
-
-def _layer_groups(config: Any, layer: int) -> list[Group]:
+def layer_groups(config: Any, layer: int) -> list[Group]:
+    """Groups of one layer."""
     widths = read_widths(config, layer, WIDTHS)
     block = f"model.decoder.layers.{layer}"
     return block_groups(
         layer,
         widths,
-        q=Slot(f"{block}.self_attn.q_proj", "out", widths.head_dim),
-        k=Slot(f"{block}.self_attn.k_proj", "out", widths.head_dim),
-        v=Slot(f"{block}.self_attn.v_proj", "out", widths.head_dim),
+        **separate_qkv(f"{block}.self_attn", widths.head_dim),
         o=Slot(f"{block}.self_attn.out_proj", "in", widths.head_dim),
         channels=(Slot(f"{block}.fc1", "out", 1), Slot(f"{block}.fc2", "in", 1)),
     )

@@ -67,11 +67,9 @@ def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Pa
     """The checkpoint; where it has a form of its own, a converted copy beside the output while the code inside runs."""
     from tempfile import TemporaryDirectory
 
-    from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.cli.opening import convert
     from edgeprune.configs import unpacking
-    from edgeprune.groups import layer_widths
-    from edgeprune.sources import load, load_tokenizer, open_source, stored_folder
-    from edgeprune.streaming import Decoder
+    from edgeprune.sources import load_tokenizer, open_source
 
     if unpacking(checkpoint) is None:
         yield checkpoint
@@ -82,10 +80,7 @@ def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Pa
     with TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=parent) as place:
         folder = Path(place) / checkpoint.resolve().name
         with stages.stage("convert the checkpoint"):
-            stored = stored_folder(source)
-            decoder = Decoder.of(load(source)) if stored is None else open_decoder(stored)
-            save(decoder, load_tokenizer(source), None, layer_widths(decoder.groups, {}), folder)
-            del decoder
+            convert(source, load_tokenizer(source), folder)
         yield folder
 
 

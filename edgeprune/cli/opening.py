@@ -77,9 +77,8 @@ def open_dense(
     One that is stored as safetensors in a form of its own is converted only if it is to be exported: pruning reads it
     as it is.
     """
-    from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.checkpoint import open_decoder
     from edgeprune.configs import unpacking
-    from edgeprune.groups import layer_widths
     from edgeprune.sources import load, stored_folder
     from edgeprune.streaming import Decoder
 
@@ -90,9 +89,20 @@ def open_dense(
         return Decoder.of(load(source)), source.path
     folder = journal.folder / DENSE_CHECKPOINT
     if not folder.is_dir():
-        decoder = Decoder.of(load(source)) if stored is None else open_decoder(stored)
-        save(decoder, tokenizer, None, layer_widths(decoder.groups, {}), folder)
+        convert(source, tokenizer, folder)
     return open_decoder(folder), folder
+
+
+def convert(source: "Source", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a dense model as a checkpoint folder of a stock type, block by block where its blocks can be read so."""
+    from edgeprune.checkpoint import open_decoder, save
+    from edgeprune.groups import layer_widths
+    from edgeprune.sources import load, stored_folder
+    from edgeprune.streaming import Decoder
+
+    stored = stored_folder(source)
+    decoder = Decoder.of(load(source)) if stored is None else open_decoder(stored)
+    save(decoder, tokenizer, None, layer_widths(decoder.groups, {}), folder)
 
 
 def find_dtype(name: str, journal: "Journal", ranks: "Ranks") -> "torch.dtype":

@@ -10,7 +10,7 @@ from cuts import groups_of, prefill, random_keep, some_ids
 from transformers import BloomConfig, GPT2LMHeadModel
 
 from edgeprune.checkpoint import load_pruned, save
-from edgeprune.configs import architecture, check_architecture, known_types, load_config
+from edgeprune.configs import architecture, check_architecture, config_groups, known_types, load_config
 from edgeprune.groups import layer_widths
 from edgeprune.shrink import shrink
 from edgeprune_runtime.errors import EdgepruneError
@@ -102,7 +102,7 @@ def test_head_counts_that_nothing_has_are_refused(heads: int, tmp_path: Path) ->
 
 def test_many_layers_share_the_slopes_of_many_heads() -> None:
     config = BloomConfig(n_layer=3, n_head=1000, hidden_size=1000)
-    slopes = [group.alibi_heads for group in architecture("bloom").groups(config) if group.kind == "heads"]
+    slopes = [group.alibi_heads for group in config_groups(config) if group.kind == "heads"]
     assert slopes[0] == tuple(range(1000))
     # a tuple for each layer would let two numbers of a config take all memory
     assert all(of_layer is slopes[0] for of_layer in slopes)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from toys import KINDS, toy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trained import stories
 
 from edgeprune import plugins
 from edgeprune.calibration import Calibration
@@ -75,12 +74,7 @@ def loss(model: Any, ids: torch.Tensor) -> float:
 def test_on_a_trained_model_each_part_of_the_refit_wins_something_back(
     method: str, stories260k: Path, data_folder: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(stories260k)
-    lines = (data_folder / "text" / "tinystories_train_sample.jsonl").read_text(encoding="utf-8").splitlines()
-    tokens = torch.tensor([token for line in lines for token in tokenizer(json.loads(line)["text"]).input_ids])
-    windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
-    fitting, judging = windows[: len(windows) // 2], windows[len(windows) // 2 :][:64]
+    model, fitting, judging = stories(stories260k, data_folder)
     settings = Settings(0.2, method=method, allocation="knapsack", align=4, min_channels=16)
     plan, stats = make_plan(copy.deepcopy(model), "stories", calibration(fitting), settings)
     losses = {}

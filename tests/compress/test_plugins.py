@@ -19,7 +19,7 @@ def test_every_architecture_file_is_found_and_has_a_toy() -> None:
 @pytest.mark.parametrize("name", sorted({*known_types()} - {*OWN_FORMS}))
 def test_an_architecture_says_what_the_others_need(name: str) -> None:
     module = plugins.find("architectures", name, "architecture")
-    assert callable(module.groups)
+    assert callable(module.layer_groups)
     assert module.BASE.endswith(("ForCausalLM", "LMHeadModel"))
     assert module.SOURCE in ("decoder", "traced")
 

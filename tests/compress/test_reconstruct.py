@@ -1,7 +1,6 @@
 """Block reconstruction: its paths are those of the models, its fit is what a plain loop finds, and may be refused."""
 
 import copy
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from cuts import groups_of
 from toys import NAMES, per_layer_lists, toy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trained import stories
 
 from edgeprune import reconstruct
 from edgeprune.calibration import Calibration
@@ -180,12 +179,7 @@ def test_too_few_sequences_to_judge_on_are_refused_before_any_work() -> None:
 
 @pytest.mark.slow
 def test_on_a_trained_model_it_wins_what_the_closed_form_leaves(stories260k: Path, data_folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(stories260k)
-    lines = (data_folder / "text" / "tinystories_train_sample.jsonl").read_text(encoding="utf-8").splitlines()
-    tokens = torch.tensor([token for line in lines for token in tokenizer(json.loads(line)["text"]).input_ids])
-    windows = tokens[: len(tokens) // 256 * 256].view(-1, 256)
-    fitting, judging = windows[: len(windows) // 2], windows[len(windows) // 2 :][:64]
+    model, fitting, judging = stories(stories260k, data_folder)
     text = Calibration(fitting, "stories", 0, "")
     settings = Settings(0.2, allocation="uniform", align=4, min_channels=16)
     plan, stats = make_plan(copy.deepcopy(model), "stories", text, settings)
