@@ -60,6 +60,19 @@ def config_groups(config: PreTrainedConfig) -> list[Group]:
     return [group for layer in range(config.num_hidden_layers) for group in family.layer_groups(config, layer)]
 
 
+@contextlib.contextmanager
+def quiet_global_reads() -> Iterator[None]:
+    """Silence transformers' warning about global sizes of a per-layer config; reading them here is meant."""
+    noisy = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+@quiet_global_reads()
 def load_config(folder: Path) -> PreTrainedConfig:
     """Config of a checkpoint folder, with `head_dim` stated and without the keys that make transformers run other code.
 
@@ -84,9 +97,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         config = stock.from_dict(data)
         state_head_dim(config)
-        with quiet_global_reads():
-            groups = config_groups(config)
-            _check_heads(config, groups)
+        groups = config_groups(config)
+        _check_heads(config, groups)
         if config.is_heterogeneous:
             setattr(config, LAYOUT_KEY, layout(model_type, groups))
     except CONFIG_ERRORS as error:
@@ -184,18 +196,6 @@ def layout(model_type: str, groups: Sequence[Group]) -> dict[str, Any]:
         "config_readers": list(getattr(family, "CONFIG_READERS", ())),
         "alibi": getattr(family, "ALIBI", None),
     }
-
-
-@contextlib.contextmanager
-def quiet_global_reads() -> Iterator[None]:
-    """Silence transformers' warning about global sizes of a per-layer config; reading them here is meant."""
-    noisy = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)
 
 
 def one_line(error: BaseException) -> str:

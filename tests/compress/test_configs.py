@@ -1,6 +1,7 @@
 """Configs as untrusted input: which models are known, what the others are, and what a hostile file may say."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,22 @@ def test_causal_masks_of_old_files_are_passed_over(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     ids = some_ids(model)
     assert (prefill(load_pruned(tmp_path), ids) == prefill(model, ids)).all()
+
+
+def test_reading_a_pruned_config_warns_of_nothing(tmp_path: Path) -> None:
+    model = toys.toy("llama")
+    groups = groups_of(model)
+    keep = random_keep(groups, 3)
+    shrink(model, groups, keep)
+    save(model, None, None, layer_widths(groups, keep), tmp_path / "out")
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]  # the shortest way to look
+    logger: Any = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    type(logger).warning_once.cache_clear()  # or it may have been said already
+    logger.addHandler(handler)
+    try:
+        load_config(tmp_path / "out")
+    finally:
+        logger.removeHandler(handler)
+    assert not said
