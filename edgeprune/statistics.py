@@ -54,7 +54,7 @@ SAMPLES = 8
 """A method that looks at samples sees the sequences in so many parts at least: enough to estimate a variance."""
 
 WEIGHT_NEEDS = frozenset({"gradient", "fisher"})
-GRADED_NEEDS = WEIGHT_NEEDS | {"mask-fisher"}
+GRADED_NEEDS = WEIGHT_NEEDS | {"effect", "mask-fisher"}
 """Evidence that takes the gradients of weights, and all that takes a backward pass."""
 
 
@@ -442,7 +442,9 @@ class BlockWalk:
         groups = self.groups[layer]
         inputs, outgoing, incoming = self._block_input(layer), self._gradient(layer + 1), self._gradient(layer)
         wants_squares = "fisher" in self.method.needs
-        graded_slots = [slot for group in groups for slot in group.slots] if self.method.needs & WEIGHT_NEEDS else []
+        slots = [slot for group in groups for slot in group.slots]
+        graded_slots = slots if self.method.needs & WEIGHT_NEEDS else []
+        shaped_slots = slots if "effect" in self.method.needs else []
         masked = groups if "mask-fisher" in self.method.needs else []
         masks = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in masked}
         readers = self._readers(layer) if masked else []
@@ -454,13 +456,18 @@ class BlockWalk:
             weights = {slot.module: self._linear(block, layer, slot.module).weight for slot in graded_slots}
             sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
             squares = {name: torch.zeros_like(weight) for name, weight in weights.items()} if wants_squares else {}
+            effects = {side: torch.zeros(self._lines(block, layer, *side)) for side in map(_side, shaped_slots)}
             with _gradients_for(block, weights.values()):
                 for first, rows in self._graded_steps():
-                    incoming[rows], of_step, effects = self._backpropagated(
-                        layer, block, inputs[rows].float(), outgoing[rows], weights, readers
-                    )
+                    of_masks = {side: torch.zeros_like(effect) for side, effect in effects.items()}
+                    with self._effects_summed(block, layer, of_masks):
+                        incoming[rows], of_step, of_tokens = self._backpropagated(
+                            layer, block, inputs[rows].float(), outgoing[rows], weights, readers
+                        )
                     for group in masked:
-                        masks[group.name] += self._mask_squares(group, effects)
+                        masks[group.name] += self._mask_squares(group, of_tokens)
+                    for side, effect in of_masks.items():
+                        effects[side] += effect
                     for name, of_weight in of_step.items():
                         sums[name] += of_weight
                         if wants_squares:
@@ -468,17 +475,17 @@ class BlockWalk:
                             squares[name] += (of_weight * self.graded).square() / self.graded
                     scores = {
                         (group.name, sampler.name): sampler.scores(
-                            group, self._evidence(block, group, moments, of_step)
+                            group, self._evidence(block, group, moments, of_step, effects=of_masks)
                         )
                         for group, sampler in itertools.product(groups, samplers)
                     }
                     samples.append((first, scores))
-            self.ranks.sum([*sums.values(), *squares.values(), *masks.values()])
+            self.ranks.sum([*sums.values(), *squares.values(), *effects.values(), *masks.values()])
             samples = sorted(itertools.chain(*self.ranks.gather(samples)), key=lambda sample: sample[0])
             tensors = {}
             for group in groups:
                 of_samples = {m.name: torch.stack([s[group.name, m.name] for _, s in samples]) for m in samplers}
-                evidence = self._evidence(block, group, moments, sums, squares, of_samples, masks)
+                evidence = self._evidence(block, group, moments, sums, squares, effects, of_samples, masks)
                 tensors[scores_of(group)] = self.method.scores(group, evidence)
         incoming.flush()
         self.journal.put(f"gradients-{layer}", Entry(tensors))
@@ -517,6 +524,7 @@ class BlockWalk:
         moments: Mapping[str, Moments],
         gradients: Mapping[str, torch.Tensor] | None = None,
         squares: Mapping[str, torch.Tensor] | None = None,
+        effects: Mapping["Side", torch.Tensor] | None = None,
         samples: Mapping[str, torch.Tensor] | None = None,
         masks: Mapping[str, torch.Tensor] | None = None,
     ) -> Evidence:
@@ -536,6 +544,7 @@ class BlockWalk:
                 weight=channels(linear.weight.detach()),
                 gradient=channels(gradients[slot.module]) if gradients else None,
                 fisher=channels(squares[slot.module]) if squares else None,
+                effect=effects[_side(slot)][rows] if effects else None,
                 input_sq_mean=inputs.gram.diagonal()[rows] if inputs else None,
                 input_mean=inputs.mean[rows] if inputs else None,
                 gram=inputs.gram[rows, rows] if inputs else None,
@@ -582,6 +591,54 @@ class BlockWalk:
         pairs = zip(read.items(), of_read, strict=True)
         effects = {name: h.detach().float() * gradient for (name, h), gradient in pairs}
         return of_x, dict(zip(weights, of_weights, strict=True)), effects
+
+    @contextmanager
+    def _effects_summed(self, block: nn.Module, layer: int, sums: Mapping["Side", torch.Tensor]) -> Iterator[None]:
+        """While gradients are taken inside, the effects of masks on inputs or outputs of Linears are added to `sums`.
+
+        The effect of a mask on a channel z is `sum over the tokens of z dloss/dz`, which is `sum_k w_k dloss/dw_k` of
+        the channel's weights: no gradient of a weight is needed for it. A bias is no weight.
+        """
+
+        def watch(side: Side, shift: torch.Tensor | float, z: torch.Tensor) -> None:
+            value = z.detach()  # the tensor itself would hold its own graph
+
+            def add(gradient: torch.Tensor) -> None:
+                sums[side].add_(((value.float() - shift) * gradient.float()).flatten(0, -2).sum(0))
+
+            z.register_hook(add)
+
+        hooks = []
+        for side in sums:
+            linear = self._linear(block, layer, side[0])
+            if side[1] == "in":
+
+                def read(_module: nn.Module, inputs: tuple[torch.Tensor, ...], side: Side = side) -> None:
+                    watch(side, 0.0, inputs[0])
+
+                hooks.append(linear.register_forward_pre_hook(read))
+            else:
+
+                def written(
+                    _module: nn.Module,
+                    _inputs: tuple[torch.Tensor, ...],
+                    output: torch.Tensor,
+                    side: Side = side,
+                    bias: torch.Tensor | None = linear.bias,
+                ) -> None:
+                    watch(side, 0.0 if bias is None else bias.detach().float(), output)
+
+                hooks.append(linear.register_forward_hook(written))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _lines(self, block: nn.Module, layer: int, name: str, side: str) -> int:
+        """Inputs or outputs of a Linear."""
+        shape = LinearShape.of(self._linear(block, layer, name))
+        return shape.in_features if side == "in" else shape.out_features
 
     def _mask_squares(self, group: Group, effects: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What a step adds to the mask Fisher information of each unit, from `_backpropagated`: float64 `(units,)`."""
@@ -648,6 +705,14 @@ class BlockWalk:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+Side = tuple[str, str]
+"""A Linear's name, and "in" or "out"."""
+
+
+def _side(slot: Slot) -> Side:
+    return slot.module, slot.side
 
 
 def scores_of(group: Group) -> str:

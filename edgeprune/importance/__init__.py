@@ -4,7 +4,8 @@ One file per method; to add one, imitate `taylor_fine.py`:
 
 1. `NEEDS` names the evidence the method reads: "inputs" (moments of the inputs of o_proj and down_proj), "gradient"
    (dL/dW of the calibration loss), "fisher" (mean over samples of the squared gradient; together with "gradient"),
-   "mask-fisher" (of a mask on every unit; gradients of activations alone, so the backward pass costs less), or nothing;
+   "effect" (of a mask on every channel) and "mask-fisher" (of one on every unit; both take gradients of activations
+   alone, so the backward pass costs less), or nothing;
 2. `sampled(argument)` (optional) names methods whose scores of single samples (parts of the calibration sequences) are
    wanted as well;
 3. `scores(group, evidence, argument)` returns float32 `(units,)`, higher = keep. `argument` is what the user wrote
@@ -32,6 +33,8 @@ class SlotEvidence:
         weight: `(C, K)` float32.
         gradient: `(C, K)` float32, dL/dW of the loss averaged over all calibration tokens.
         fisher: `(C, K)` float32, mean over samples of the squared gradient of each sample's mean loss.
+        effect: `(C,)` float32, `sum_k w_k dL/dw_k` over the channel's weights, signs kept: what a mask on the channel
+            does to the loss in first order, which is `sum over the tokens of z dL/dz` of its activation z.
         input_sq_mean: `(C,)` float32, mean square of the channel's activation; "in" slots only, as the next two.
         input_mean: `(C,)` float32, mean of the channel's activation.
         gram: `(C, C)` float32, mean over the tokens of the products of two channels' activations.
@@ -41,6 +44,7 @@ class SlotEvidence:
     weight: torch.Tensor
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
+    effect: torch.Tensor | None = None
     input_sq_mean: torch.Tensor | None = None
     input_mean: torch.Tensor | None = None
     gram: torch.Tensor | None = None

@@ -32,7 +32,7 @@ from edgeprune.groups import Group
 from edgeprune.importance import Evidence, taylor_coarse, taylor_fine
 from edgeprune_runtime.errors import EdgepruneError
 
-NEEDS = frozenset({"gradient"})
+NEEDS = frozenset({"effect", "gradient"})
 ARGUMENT = "attention, inverse-variance or the coarse weight"
 DEFAULT_MODE = "inverse-variance"
 ESTIMATES = ("taylor-coarse", "taylor-fine")

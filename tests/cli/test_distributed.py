@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commandline import Outcome, invoke
 from safetensors.torch import load_file
 
@@ -85,7 +84,8 @@ def test_two_processes_make_the_plan_of_one(method: str, model_folder: Path, tex
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "shared"))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+        # not weight by weight: where a gradient is next to nothing, rounding decides which way Adam steps
+        assert (found[name] - tensor).norm() < 1e-4 * tensor.norm(), name
 
 
 def test_first_process_searches_for_all(model_folder: Path, text_file: Path, tmp_path: Path) -> None:

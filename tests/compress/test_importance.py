@@ -27,11 +27,13 @@ def evidence() -> Evidence:
 
     channels = UNITS * SIZE
     x = rows(50, channels) @ rows(channels, channels) + rows(channels)
+    weights, gradients = ([rows(channels, WIDTH) for _ in range(2)] for _ in "ab")
     slots = [
         SlotEvidence(
             slot=Slot(name, side, SIZE),
-            weight=rows(channels, WIDTH),
-            gradient=rows(channels, WIDTH),
+            weight=weight,
+            gradient=gradient,
+            effect=(weight * gradient).sum(1),
             fisher=rows(channels, WIDTH).square(),
             **(
                 {"input_sq_mean": x.square().mean(0), "input_mean": x.mean(0), "gram": x.T @ x / len(x)}
@@ -39,7 +41,7 @@ def evidence() -> Evidence:
                 else {}
             ),
         )
-        for name, side in (("q_proj", "out"), ("o_proj", "in"))
+        for name, side, weight, gradient in zip(("q_proj", "o_proj"), ("out", "in"), weights, gradients, strict=True)
     ]
     return Evidence(tuple(slots))
 

@@ -12,6 +12,7 @@ from edgeprune.distributed import Ranks
 from edgeprune.groups import Group
 from edgeprune.journal import Journal
 from edgeprune.pruning import model_groups
+from edgeprune.shrink import oriented
 from edgeprune.statistics import Method, Moments, gather, share_out
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -31,6 +32,25 @@ def test_block_by_block_gradients_equal_autograd_through_the_whole_model(name: s
     for group in groups:
         expected = unit_sums(model, group, lambda weight: (weight.detach() * weight.grad).abs())
         torch.testing.assert_close(stats.scores[group.name], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_effects_of_masks_are_what_the_gradients_of_all_weights_give(name: str) -> None:
+    model, ids = toy(name), some_ids()
+    groups = model_groups(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    stats = gather(model, groups, ids, Method.parse("taylor-coarse"))
+    model(ids, labels=ids).loss.backward()
+    for group in groups:
+        of_units = torch.zeros(group.units)
+        for slot in group.slots:
+            module = model.get_submodule(slot.module)
+            effect = oriented(module, module.weight.detach() * module.weight.grad).sum(1 if slot.side == "out" else 0)
+            of_units += effect[slot.all_lines(group.units)].abs().reshape(group.units, slot.size).sum(1)
+        torch.testing.assert_close(stats.scores[group.name], of_units, rtol=1e-4, atol=1e-7)
 
 
 def test_fisher_is_the_mean_square_of_single_sample_gradients() -> None:
@@ -125,7 +145,10 @@ def test_block_by_block_mask_fisher_equals_autograd_through_the_whole_model(name
             torch.testing.assert_close(stats.scores[group.name], expected.float(), rtol=1e-5, atol=0)
 
 
-def test_mask_fisher_takes_no_gradients_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "read"), [("fisher", (48, 80)), ("taylor-coarse", ())])
+def test_masks_take_no_gradients_of_weights(
+    method: str, read: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, grad = toy("llama"), torch.autograd.grad
     wanted: list[list[tuple[int, ...]]] = []
 
@@ -135,9 +158,8 @@ def test_mask_fisher_takes_no_gradients_of_weights(monkeypatch: pytest.MonkeyPat
         return grad(outputs, inputs, *rest)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)
-    gather(model, model_groups(model), some_ids(), Method.parse("fisher"))
-    hidden, heads, channels = ((4, 21, width) for width in (48, 48, 80))
-    assert wanted == [[hidden, heads, channels]] * 3
+    gather(model, model_groups(model), some_ids(), Method.parse(method))
+    assert wanted == [[(4, 21, width) for width in (48, *read)]] * 3
 
 
 @pytest.mark.parametrize("graded", [1, 2])
