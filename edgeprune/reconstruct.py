@@ -49,9 +49,9 @@ SHUFFLED_TOKENS = 16384
 much alike, and end at a worse fit."""
 
 LEARNING_RATE = 0.005
-"""Largest step of a weight, as a share of the root mean square of its matrix. Twice as much in two passes ends alike on
-128 sequences of C4 and worse on 256; a fit down to the least-squares optimum hits its own text better, and other text
-worse."""
+"""Largest step of a weight, as a share of the root mean square of its matrix. Twice as much in two passes ended alike
+on 128 sequences of C4 and, on 256, worse than this in four or five; a fit down to the least-squares optimum hits its
+own text better, and other text worse."""
 
 JUDGED_TOKENS = 8192
 """Of the sequences kept aside so many tokens judge a fit; the others are fitted as well, since every token helps."""
@@ -126,10 +126,11 @@ class Paths:
         fitted = copy.deepcopy(mlp).float()
         energy = before.energy / self._ids.numel()
         _fit(fitted, self._batches(read, target), self._steps_in_all, energy, self._pass.products)
+        fitted.to(next(mlp.parameters()).dtype)  # the path goes on with what will be stored
         after = self._go_on(fitted, layer, read, target)
         is_accepted = after.of_aside < before.of_aside
         if is_accepted:
-            mlp.load_state_dict(fitted.state_dict())  # copies, in the block's own precision
+            mlp.load_state_dict(fitted.state_dict())
         else:
             self._go_on(mlp, layer, read, target)
         self._journal.forget(f"read-{layer}", f"target-{layer}")

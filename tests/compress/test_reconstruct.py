@@ -75,6 +75,18 @@ def test_paths_are_the_hidden_states_of_the_dense_and_of_the_pruned_model(name: 
             torch.testing.assert_close(pruned, found[layer], rtol=1e-4, atol=1e-4)
 
 
+def test_the_pruned_path_is_that_of_the_weights_as_they_are_stored() -> None:
+    model, tokens = toy("llama", num_hidden_layers=4).bfloat16(), calibration()
+    plan, stats = planned(model, tokens, allocation="protect:1,1")
+    journal = Remembering()
+    outcomes = apply_plan(model, plan, stats.moments, tokens, journal=journal)  # computed in float32
+    assert any(outcome.is_accepted for name, outcome in outcomes.items() if name.endswith(".mlp"))
+    found = hidden_states(model.float(), tokens.ids)
+    for layer in range(1, 4):
+        pruned = journal.rows(f"pruned-{layer + 1}", (*tokens.ids.shape, 48), torch.float32)[0:32]
+        torch.testing.assert_close(pruned, found[layer], rtol=1e-4, atol=1e-4)
+
+
 def test_fit_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruct, "EPOCHS", 12)
     monkeypatch.setattr(reconstruct, "STEP_TOKENS", 10_000)  # all tokens in every step, so that no order matters
