@@ -389,8 +389,8 @@ class BlockWalk:
                 x = hidden[piece.rows]
                 if piece.is_graded:
                     self._block_input(layer)[piece.rows] = x
-                add = {name: of_linear.add for name, of_linear in sums[piece.is_held_out].items()}
-                with torch.no_grad(), self._inputs_shown(block, layer, add):
+                add = {(name, "in"): of_linear.add for name, of_linear in sums[piece.is_held_out].items()}
+                with torch.no_grad(), self._shown(block, layer, add):
                     y = self._pass.run(layer, block, x)
                 cosine = nn.functional.cosine_similarity(x, y, dim=-1)
                 cosines += torch.tensor([cosine.double().sum(), cosine.numel()], dtype=torch.float64)
@@ -584,7 +584,7 @@ class BlockWalk:
         """
         x.requires_grad_()
         read: dict[str, torch.Tensor] = {}
-        with self._inputs_shown(block, layer, {name: partial(read.__setitem__, name) for name in readers}):
+        with self._shown(block, layer, {(name, "in"): partial(read.__setitem__, name) for name in readers}):
             y = self._pass.run(layer, block, x)
         of_x, *others = torch.autograd.grad(y, [x, *weights.values(), *read.values()], outgoing)
         of_weights, of_read = others[: len(weights)], others[len(weights) :]
@@ -600,40 +600,18 @@ class BlockWalk:
         the channel's weights: no gradient of a weight is needed for it. A bias is no weight.
         """
 
-        def watch(side: Side, shift: torch.Tensor | float, z: torch.Tensor) -> None:
-            value = z.detach()  # the tensor itself would hold its own graph
+        def watch(side: Side, z: torch.Tensor) -> None:
+            name, which = side
+            bias = self._linear(block, layer, name).bias if which == "out" else None
+            value = z.detach() if bias is None else z.detach() - bias.detach()  # z itself would hold its own graph
 
             def add(gradient: torch.Tensor) -> None:
-                sums[side].add_(((value.float() - shift) * gradient.float()).flatten(0, -2).sum(0))
+                sums[side].add_((value.float() * gradient.float()).flatten(0, -2).sum(0))
 
             z.register_hook(add)
 
-        hooks = []
-        for side in sums:
-            linear = self._linear(block, layer, side[0])
-            if side[1] == "in":
-
-                def read(_module: nn.Module, inputs: tuple[torch.Tensor, ...], side: Side = side) -> None:
-                    watch(side, 0.0, inputs[0])
-
-                hooks.append(linear.register_forward_pre_hook(read))
-            else:
-
-                def written(
-                    _module: nn.Module,
-                    _inputs: tuple[torch.Tensor, ...],
-                    output: torch.Tensor,
-                    side: Side = side,
-                    bias: torch.Tensor | None = linear.bias,
-                ) -> None:
-                    watch(side, 0.0 if bias is None else bias.detach().float(), output)
-
-                hooks.append(linear.register_forward_hook(written))
-        try:
+        with self._shown(block, layer, {side: partial(watch, side) for side in sums}):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _lines(self, block: nn.Module, layer: int, name: str, side: str) -> int:
         """Inputs or outputs of a Linear."""
@@ -685,21 +663,17 @@ class BlockWalk:
         return self.journal.rows(f"gradient-{layer}", shape, torch.float32)
 
     @contextmanager
-    def _inputs_shown(
-        self, block: nn.Module, layer: int, watchers: Mapping[str, Callable[[torch.Tensor], None]]
+    def _shown(
+        self, block: nn.Module, layer: int, watchers: Mapping["Side", Callable[[torch.Tensor], None]]
     ) -> Iterator[None]:
-        """Inside, the watcher of each named Linear is called with what the Linear reads."""
+        """Inside, each watcher is called with what its Linear reads or writes."""
         hooks = []
-        for name, watcher in watchers.items():
-
-            def show(
-                _module: nn.Module,
-                inputs: tuple[torch.Tensor, ...],
-                watcher: Callable[[torch.Tensor], None] = watcher,
-            ) -> None:
-                watcher(inputs[0])
-
-            hooks.append(self._linear(block, layer, name).register_forward_pre_hook(show))
+        for (name, which), watcher in watchers.items():
+            linear = self._linear(block, layer, name)
+            if which == "in":
+                hooks.append(linear.register_forward_pre_hook(partial(_show_input, watcher)))
+            else:
+                hooks.append(linear.register_forward_hook(partial(_show_output, watcher)))
         try:
             yield
         finally:
@@ -709,6 +683,16 @@ class BlockWalk:
 
 Side = tuple[str, str]
 """A Linear's name, and "in" or "out"."""
+
+
+def _show_input(watcher: Callable[[torch.Tensor], None], _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    watcher(inputs[0])
+
+
+def _show_output(
+    watcher: Callable[[torch.Tensor], None], _: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> None:
+    watcher(output)
 
 
 def _side(slot: Slot) -> Side:

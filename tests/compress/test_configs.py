@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import toys
-from cuts import groups_of, prefill, random_keep, some_ids
+from cuts import prefill, some_ids
+from exported import pruned
 from transformers import BloomConfig, GPT2LMHeadModel
 
-from edgeprune.checkpoint import load_pruned, save
+from edgeprune.checkpoint import load_pruned
 from edgeprune.configs import architecture, check_architecture, config_groups, known_types, load_config
-from edgeprune.groups import layer_widths
-from edgeprune.shrink import shrink
 from edgeprune_runtime.errors import EdgepruneError
 
 EXPERTS = "a mixture of experts"
@@ -58,15 +57,6 @@ def test_every_toy_is_of_a_known_type_and_every_stock_type_has_a_toy() -> None:
     assert {known for known in known_types() if not hasattr(architecture(known), "BECOMES")} == types
 
 
-def bloom(folder: Path) -> Any:
-    model = toys.toy("bloom")
-    groups = groups_of(model)
-    keep = random_keep(groups, seed=1)
-    shrink(model, groups, keep)
-    save(model, None, None, layer_widths(groups, keep), folder)
-    return model
-
-
 def change(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -86,7 +76,7 @@ def change(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_hostile_slopes(sizes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    bloom(tmp_path / "out")
+    pruned(tmp_path / "out", "bloom", 1)
     layer = {"alibi_heads": [0, 1], "num_attention_heads": 2, "intermediate_size": 8}
     change(tmp_path / "out", per_layer_config={str(i): layer | sizes for i in range(3)})
     with pytest.raises(EdgepruneError, match=message):
@@ -130,7 +120,7 @@ def test_sizes_that_stock_code_does_not_read_are_not_believed(name: str, sizes: 
 
 
 def test_a_layout_that_a_folder_brings_along_is_not_believed(tmp_path: Path) -> None:
-    model = bloom(tmp_path / "out")
+    model = pruned(tmp_path / "out", "bloom", 1)
     lies = {"blocks": "lm_head", "head_dim": 10**9, "widths": {}, "linears": {"": {}}, "alibi": "forward"}
     change(tmp_path / "out", edgeprune=lies)
     copy, ids = load_pruned(tmp_path / "out"), some_ids(model)
@@ -153,11 +143,7 @@ def test_causal_masks_of_old_files_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_reading_a_pruned_config_warns_of_nothing(tmp_path: Path) -> None:
-    model = toys.toy("llama")
-    groups = groups_of(model)
-    keep = random_keep(groups, 3)
-    shrink(model, groups, keep)
-    save(model, None, None, layer_widths(groups, keep), tmp_path / "out")
+    pruned(tmp_path / "out", "llama")
     said: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = said.append  # type: ignore[method-assign]  # the shortest way to look

@@ -9,15 +9,13 @@ import baichuan
 import pytest
 import torch
 import toys
-from cuts import groups_of, prefill, random_keep, some_ids
+from cuts import prefill, some_ids
+from exported import pruned
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from edgeprune import sources
-from edgeprune.checkpoint import save
 from edgeprune.configs import known_types
-from edgeprune.groups import layer_widths
-from edgeprune.shrink import shrink
 from edgeprune.sources import count_parameters, load, load_tokenizer, open_source
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -64,11 +62,7 @@ def test_tied_weights_count_once() -> None:
 
 
 def test_a_pruned_folder_is_a_source(tmp_path: Path) -> None:
-    model = toys.toy("qwen3")
-    groups = groups_of(model)
-    keep = random_keep(groups, 1)
-    shrink(model, groups, keep)
-    save(model, None, None, layer_widths(groups, keep), tmp_path / "out")
+    model = pruned(tmp_path / "out", "qwen3", 1)
     copy = load(open_source(str(tmp_path / "out")))
     assert torch.equal(prefill(copy, some_ids(model)), prefill(model, some_ids(model)))
 
