@@ -35,7 +35,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -133,7 +133,7 @@ class Experiment:
 
     def key(self, task: Task, cut: Cut | None) -> Key:
         """Everything that determines a measurement; no cut is the dense model."""
-        key: Key = {"model": _model_key(self.source), "eval_dtype": _name(self.eval_dtype), **task.key()}
+        key: Key = {"model": model_key(self.source), "eval_dtype": dtype_name(self.eval_dtype), **task.key()}
         if cut is not None:
             path = Path(self.calibration)
             key |= {
@@ -144,7 +144,7 @@ class Experiment:
                     "tokens": self.args.calibration_tokens,
                     "seed": cut.seed,
                 },
-                "dtype": _name(self.dtype),
+                "dtype": dtype_name(self.dtype),
             }
         return key
 
@@ -175,8 +175,8 @@ def main() -> Report:
             recipes,
             tasks(args),
             calibration,
-            _dtype(args.dtype),
-            _dtype(args.eval_dtype),
+            dtype_of(args.dtype),
+            dtype_of(args.eval_dtype),
         )
         failures = {} if args.only_table else measure(experiment, results)
         return make_report(experiment, results, failures)
@@ -287,18 +287,32 @@ def _measure_one(
     tokenizer: PreTrainedTokenizerBase,
     cut: Cut | None,
 ) -> None:
+    left = [(task, experiment.key(task, cut)) for task in experiment.missing(results, cut)]
+    measure_model(model, tokenizer, left, experiment.eval_dtype, results, stages, _title(cut))
+
+
+def measure_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Iterable[tuple[Task, Key]],
+    eval_dtype: torch.dtype,
+    results: Results,
+    stages: Stages,
+    title: str,
+) -> None:
+    """Judge a model on tasks, and add what came out under their keys."""
     in_blocks = sum(parameter.numel() for name, parameter in model.named_parameters() if ".layers." in name)
     sizes = {"parameters": count_parameters(model), "block_parameters": in_blocks}
-    judged = in_dtype(model, experiment.eval_dtype)
-    for task in experiment.missing(results, cut):
-        with stages.counted(f"{task.name} of {_title(cut)}") as advance:
+    judged = in_dtype(model, eval_dtype)
+    for task, key in tasks:
+        with stages.counted(f"{task.name} of {title}") as advance:
             began = time.perf_counter()
             questions = task.questions(tokenizer)
             result = task.judge(questions, score(judged, questions, advance, greedy=task.greedy))
             seconds = time.perf_counter() - began
         machine = this_machine()
         made = {"cpu": machine.cpu, "torch": torch.__version__, "threads": torch.get_num_threads(), "code": code_hash()}
-        results.add(experiment.key(task, cut), {**sizes, "result": result, "seconds": round(seconds, 1), **made})
+        results.add(key, {**sizes, "result": result, "seconds": round(seconds, 1), **made})
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -445,9 +459,9 @@ def _notes(experiment: Experiment) -> tuple[str, ...]:
     spread = " In brackets: largest minus smallest of the seeds." if len(args.seeds) > 1 else ""
     return (
         f"Dense is {experiment.source.description}.",
-        f"{text}{judged} Models judged in {_name(experiment.eval_dtype)}, losses in float32.",
+        f"{text}{judged} Models judged in {dtype_name(experiment.eval_dtype)}, losses in float32.",
         f"Calibration: {args.calibration_sequences} x {args.calibration_tokens} tokens of {calibration}, statistics in "
-        f"{_name(experiment.dtype)}; seeds {', '.join(map(str, args.seeds))}.{spread}",
+        f"{dtype_name(experiment.dtype)}; seeds {', '.join(map(str, args.seeds))}.{spread}",
     )
 
 
@@ -526,7 +540,7 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _model_key(source: Source) -> Key:
+def model_key(source: Source) -> Key:
     """Which weights: of local files by their hash, of the hub by revision."""
     if source.kind == "hub":
         return {"hub": source.name, "revision": source.revision}
@@ -539,16 +553,16 @@ def _title(cut: Cut | None) -> str:
     return f"{describe(cut.settings)} at {cut.settings.ratio:.0%}, seed {cut.seed}" if cut else "dense"
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     dtype: torch.dtype = fastest_dtype() if name == "auto" else getattr(torch, name)
     return dtype
 
 
-def _limit(text: str) -> int | None:
+def limit(text: str) -> int | None:
     """A number of passages; None for `all`."""
     if text == "all":
         return None
@@ -577,7 +591,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--windows",
-        type=_limit,
+        type=limit,
         default=64,
         metavar="N",
         help="windows or documents; all or 0: the whole (default: 64)",
@@ -587,7 +601,7 @@ def _arguments() -> argparse.Namespace:
     )
     for name in ("lambada", *common.CHOICES):
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=_limit, default=0, metavar="N", help="first N items, or all (default: none)")
+        parser.add_argument(option, type=limit, default=0, metavar="N", help="first N items, or all (default: none)")
     parser.add_argument("--calibration", help="another text than C4, as `edgeprune compress` takes it")
     parser.add_argument("--calibration-sequences", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--calibration-tokens", type=int, default=512, help="default: %(default)s")

@@ -41,8 +41,9 @@ from edgeprune.configs import (
     unpacking,
 )
 from edgeprune.groups import LayerWidths
-from edgeprune.plan import PrunePlan
-from edgeprune.shrink import linear_shapes, set_widths
+from edgeprune.patterns import Found, check_pattern
+from edgeprune.plan import PrunePlan, SparsityRecord
+from edgeprune.shrink import linear_of, linear_shapes, oriented, set_widths
 from edgeprune.streaming import Decoder, Reader, check_finite, model_groups
 from edgeprune.weights import (
     FLOATS,
@@ -80,13 +81,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """What `save` wrote. `notes` says what a reader of the folder should know (also in `plan.json`)."""
+    """What `save` wrote. `notes` says what a reader of the folder should know (also in `plan.json`).
+
+    `zeros` is what was counted in the file of a sparse model.
+    """
 
     folder: Path
     form: Literal["uniform", "per-layer"]
     model_type: str
     size_bytes: int
     notes: tuple[str, ...]
+    zeros: Found | None = None
 
 
 @quiet_global_reads()
@@ -312,10 +317,26 @@ def _write(
         _write_config(part, config, form)
         if difference := _difference(part, decoder):
             raise RuntimeError(f"the saved checkpoint does not equal the model: {difference}")
+    zeros = None
     if plan is not None:
         replace(plan, notes=(*plan.notes, *notes)).save(part)
+        zeros = _stored_zeros(part, plan.sparsity) if plan.sparsity else None
     size_bytes = sum(file.stat().st_size for file in part.iterdir())
-    return SavedCheckpoint(out, form, config.model_type, size_bytes, notes)
+    return SavedCheckpoint(out, form, config.model_type, size_bytes, notes, zeros)
+
+
+def _stored_zeros(folder: Path, record: SparsityRecord) -> Found:
+    """The zeros of a sparse model, counted in the file that was written.
+
+    Raises:
+        GateError: if one of its Linears breaks the pattern.
+    """
+    stored = open_decoder(folder)
+
+    def read(name: str) -> torch.Tensor:
+        return oriented(linear_of(stored.model, name), stored.read_tensor(f"{name}.weight"))
+
+    return check_pattern(record, read, "the checkpoint")
 
 
 def _refused(config: PreTrainedConfig, widths: Sequence[LayerWidths]) -> str:

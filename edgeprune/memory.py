@@ -9,6 +9,7 @@ Each phase of a walk holds a few things at once, and the largest phase is what t
     solve       float64 systems of the refit, or of structured OBS
     gradients   float32 weights, their gradients, and sums of these
     step        activations of the tokens that go through a block at once
+    zeros       the sums of all Linears' inputs, a float64 system of the largest, and copies of the Linear at hand
     fit         float32 weights of an MLP, their gradients and Adam's moments; tokens that are shuffled
     candidate   a whole cut model, refitted pieces of others, and hidden states between all blocks: a search over widths
 
@@ -24,6 +25,7 @@ import torch
 from edgeprune.groups import Group
 from edgeprune.reconstruct import SHUFFLED_TOKENS, STEP_TOKENS
 from edgeprune.shrink import linear_shapes
+from edgeprune.sparsify import Scope
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, WEIGHT_NEEDS, Method
 from edgeprune.streaming import LOGIT_BYTES, LOGIT_COPIES, Decoder
 from edgeprune_runtime.errors import EdgepruneError
@@ -55,6 +57,10 @@ precision of the products; and of the tokens that it shuffles the rows that were
 FITTED_STEP = 6
 """Activations of an MLP that autograd keeps, in multiples of what it reads and of its channels."""
 
+ZEROS_MATRICES, ZEROS_COPIES = 6, 8
+"""While a Linear gets its zeros: float64 matrices of its inputs (the eigenvectors of ALPS, and what LAPACK works in),
+and float32 ones of its weight (its fits and multipliers, or a refit's residual and directions)."""
+
 BLOCK_COPIES = 2
 """While a candidate's block is made: the dense one in float32, and its copy that is refitted and cut."""
 
@@ -74,6 +80,7 @@ class Sizes:
         hidden_size: width of the hidden states.
         vocabulary: width of the logits.
         inner: inputs of each Linear that reads units, in the widest block.
+        linear_parameters: number of values of the largest Linear of a block.
         sequences: calibration sequences.
         length_tokens: tokens of each.
     """
@@ -88,6 +95,7 @@ class Sizes:
     hidden_size: int
     vocabulary: int
     inner: tuple[int, ...]
+    linear_parameters: int
     sequences: int
     length_tokens: int
 
@@ -108,6 +116,7 @@ class Sizes:
             hidden_size=decoder.config.hidden_size,
             vocabulary=decoder.config.get_text_config().vocab_size,
             inner=_inner(decoder.groups),
+            linear_parameters=max(shape.parameters for shape in linear_shapes(decoder.model, decoder.groups).values()),
             sequences=sequences,
             length_tokens=length_tokens,
         )
@@ -149,6 +158,8 @@ class Work:
         journal_in_memory: there is no folder for the hidden states.
         searches: the allocation judges whole candidates.
         reconstructs: the MLPs are reconstructed after the refit.
+        zeros: "mlp" or "all" Linears get zeros; None for none.
+        sums_products: they get them by all products of their inputs.
     """
 
     method: Method
@@ -158,6 +169,8 @@ class Work:
     journal_in_memory: bool = False
     searches: bool = False
     reconstructs: bool = False
+    zeros: Scope | None = None
+    sums_products: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,13 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         found["the scores of a block"] = always + weights + grams + SCORE_MATRICES * matrix
     if work.refits:
         found["the refit of a block"] = always + weights + grams + REFIT_MATRICES * matrix
+    if work.zeros is not None:
+        read = (sizes.hidden_size,)  # by the Linears that make units, in the MLP and in attention
+        inputs = (*read, max(sizes.inner)) if work.zeros == "mlp" else (*read, *read, *sizes.inner)
+        products = 2 * FLOAT32_BYTES * sum(count**2 for count in inputs) if work.sums_products else 0
+        system = ZEROS_MATRICES * matrix if work.sums_products else 0
+        copies = ZEROS_COPIES * FLOAT32_BYTES * sizes.linear_parameters
+        found["the zeros of a block"] = always + sizes.block_bytes + weights + products + max(step, system + copies)
     if work.reconstructs:
         tokens = min(SHUFFLED_TOKENS, sizes.sequences * sizes.length_tokens)
         shuffled = SHUFFLED_COPIES * (work.dtype.itemsize + FLOAT32_BYTES) * tokens * sizes.hidden_size
@@ -227,7 +247,8 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
 
 def scratch_bytes(sizes: Sizes, work: Work) -> int:
     """Bytes that the journal takes on disk at its worst."""
-    kept = max(_moments_bytes(sizes, work), sizes.blocks_bytes)
+    # the blocks that are cut stay beside those with zeros, so that either walk can be continued
+    kept = max(_moments_bytes(sizes, work), (1 if work.zeros is None else 2) * sizes.blocks_bytes)
     paths = 6 if work.reconstructs else 3
     return kept + sizes.block_bytes + paths * sizes.hidden_bytes + _inputs_bytes(sizes, work)
 
@@ -298,7 +319,12 @@ def _advice(sizes: Sizes, work: Work, budget: int) -> str:
         "use a --method without gradients": (sizes, replace(work, graded=0)),
         "use --allocation protect": (sizes, replace(work, searches=False)),
         "use --refit least-squares": (sizes, replace(work, reconstructs=False)),
+        "use --sparsity-scope mlp": (sizes, replace(work, zeros=work.zeros and "mlp")),
         "use --refit none": (sizes, replace(work, refits=False, reconstructs=False)),
+        "use --refit none --sparsity-method wanda": (
+            sizes,
+            replace(work, refits=False, reconstructs=False, sums_products=False),
+        ),
         "use --refit none --method magnitude": (
             sizes,
             replace(work, refits=False, reconstructs=False, graded=0, method=Method.parse("magnitude")),

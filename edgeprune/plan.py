@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from edgeprune.groups import Side
 from edgeprune_runtime.errors import EdgepruneError
 
 PLAN_FILE = "plan.json"
@@ -21,6 +22,22 @@ class CalibrationRecord:
     sequences: int
     length_tokens: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class SparsityRecord:
+    """Which weights may be other than zero: `pattern` in each Linear of `sides`, along that side ("in" or "out")."""
+
+    pattern: str
+    method: str
+    scope: str
+    layout: str
+    refit: str
+    sides: Mapping[str, Side]
+
+    def summary(self) -> dict[str, Any]:
+        """The record without its long list of Linears."""
+        return {key: value for key, value in asdict(self).items() if key != "sides"} | {"linears": len(self.sides)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,12 @@ class PrunePlan:
     units: Mapping[str, int]
     notes: Sequence[str] = field(default_factory=tuple)
     heads: str = "auto"
+    sparsity: SparsityRecord | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything leaves the model; if not, it only gets zeros."""
+        return bool(self.keep)
 
     def to_json(self) -> str:
         """The plan as one JSON document."""
@@ -69,7 +92,7 @@ class PrunePlan:
             version = data.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise EdgepruneError(f"plan has schema_version {version!r}; this edgeprune reads {SCHEMA_VERSION}")
-            calibration = data.pop("calibration")
+            calibration, sparsity = data.pop("calibration"), data.pop("sparsity", None)
             keep = {str(name): tuple(index(unit) for unit in units) for name, units in data.pop("keep").items()}
             units = {str(name): index(count) for name, count in data.pop("units").items()}
             notes = tuple(data.pop("notes"))
@@ -81,10 +104,14 @@ class PrunePlan:
                 units=units,
                 notes=notes,
                 calibration=CalibrationRecord(**calibration) if calibration else None,
+                sparsity=SparsityRecord(**sparsity) if sparsity else None,
             )
             _check_types(plan)
             if plan.calibration:
                 _check_types(plan.calibration)
+            if plan.sparsity:
+                _check_types(plan.sparsity)
+                _check_sides(plan.sparsity)
             return plan
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise EdgepruneError(
@@ -93,7 +120,8 @@ class PrunePlan:
 
     def summary(self) -> dict[str, Any]:
         """The plan without its long lists of units, for manifests and reports."""
-        return {key: value for key, value in asdict(self).items() if key not in ("keep", "units")}
+        short = {key: value for key, value in asdict(self).items() if key not in ("keep", "units")}
+        return short | {"sparsity": self.sparsity.summary() if self.sparsity else None}
 
     def save(self, folder: Path) -> None:
         """Write `plan.json` into an existing folder."""
@@ -118,7 +146,13 @@ class PrunePlan:
         return cls.from_json(text)
 
 
-def _check_types(record: PrunePlan | CalibrationRecord) -> None:
+def _check_sides(record: SparsityRecord) -> None:
+    """Raise TypeError for sides that are none."""
+    if not isinstance(record.sides, dict) or not all(side in get_args(Side) for side in record.sides.values()):
+        raise TypeError("sides are not in or out")
+
+
+def _check_types(record: PrunePlan | CalibrationRecord | SparsityRecord) -> None:
     """Raise TypeError for the first text or number that is none."""
     for spec in fields(record):
         value: object = getattr(record, spec.name)

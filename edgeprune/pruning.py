@@ -7,6 +7,8 @@ block by block and leave what they finish in a journal: the steps of `statistics
     plan             the plan
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
     path-L           with the refit "reconstruct": that a block before the first cut was run, nothing else
+
+After them come those of `sparsify`, if the model gets zeros.
 """
 
 import itertools
@@ -280,8 +282,28 @@ def _decide(
     judge_of: Callable[[Problem], Candidates],
 ) -> PrunePlan:
     """The plan that the statistics lead to."""
+    keep = allocate(decoder.model, decoder.groups, stats.scores, settings, stats.influence, judge_of)
+    return _plan_of(decoder, name, calibration, settings, keep, dtype)
+
+
+def keep_all(
+    model: PreTrainedModel | Decoder, name: str, calibration: Calibration, *, dtype: torch.dtype = torch.float32
+) -> PrunePlan:
+    """A plan that cuts nothing, for a model that only gets zeros."""
+    nothing = Settings(0.0, method="none", allocation="none", refit="none", align=1, heads="keep")
+    return _plan_of(Decoder.of(model), name, calibration, nothing, {}, dtype)
+
+
+def _plan_of(
+    decoder: Decoder,
+    name: str,
+    calibration: Calibration,
+    settings: Settings,
+    keep: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+) -> PrunePlan:
+    """What a keep list amounts to, and how it came about."""
     model, groups = decoder.model, decoder.groups
-    keep = allocate(model, groups, stats.scores, settings, stats.influence, judge_of)
     before = count_parameters(model)
     gone = _parameters_gone(model, groups, keep, settings.refit, _narrowed_kinds(groups, keep))
     blocks = count_parameters(decoder.blocks)
@@ -517,6 +539,8 @@ def progress_so_far(journal: Journal, layers: int) -> str | None:
         where = f"from block {following + 1} of {layers}" if following in range(layers) else "after the last block"
         return f"continues {where} ({what})"
 
+    if sparse := done("sparse"):
+        return after(sparse[-1] + 1, "zeros in the weights")
     if cut := done("cut"):
         return after(cut[-1] + 1, "refit and cut")
     if "plan" in journal:

@@ -23,7 +23,7 @@ What flows between the blocks are rows of the journal (`dense-L`, `pruned-L`), a
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -76,6 +76,8 @@ class Paths:
         journal: Journal,
         *,
         step_tokens: int = BATCH_TOKENS,
+        name: str = "",
+        keeps_zeros: bool = False,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -85,26 +87,62 @@ class Paths:
             dtype: of the matrix products.
             journal: keeps the hidden states.
             step_tokens: tokens that go through a block at once.
+            name: sets its rows apart from those of others in the journal.
+            keeps_zeros: weights that are zero stay zero in a fit.
         """
         self._decoder = decoder
         self._ids = ids
         self._journal = journal
+        self._name = name
+        self._keeps_zeros = keeps_zeros
         judged = min(len(held_out(ids)), -(-JUDGED_TOKENS // ids.shape[1]))
         self._fitting = len(ids) - judged
         step = max(1, step_tokens // ids.shape[1])
         self._steps = [slice(first, min(first + step, len(ids))) for first in range(0, len(ids), step)]
         self._pass = Pass(decoder, ids, dtype)
 
+    def embed(self) -> None:
+        """What both paths begin with."""
+        with self._decoder.outside(torch.float32):
+            output = self._rows("dense", 0)
+            for rows in self._steps:
+                output[rows] = self._decoder.embed(self._ids[rows])[0]
+            output.flush()
+
     def advance_dense(self, layer: int) -> None:
         """Run a dense block on the dense path; before the first one, embed the sequences."""
-        source, output = self._rows("dense", layer), self._rows("dense", layer + 1)
         if layer == 0:
-            with self._decoder.outside(torch.float32):
-                for rows in self._steps:
-                    source[rows] = self._decoder.embed(self._ids[rows])[0]
+            self.embed()
         with self._decoder.block(layer, self._pass.weights_dtype) as block:
-            self._run(layer, block, source, output)
-        output.flush()
+            self._run(layer, block, self._rows("dense", layer), self._rows("dense", layer + 1))
+
+    def advance_pruned(self, layer: int, block: nn.Module, *, is_first: bool) -> None:
+        """Run a block as it is now on the pruned path."""
+        with self.ready(block) as ready:
+            self._run(layer, ready, self._source(layer, is_first), self._rows("pruned", layer + 1))
+
+    @contextmanager
+    def ready(self, block: nn.Module) -> Iterator[nn.Module]:
+        """A block with weights as the products want them: itself, or a copy."""
+        weights = self._pass.weights_dtype
+        is_ready = weights is None or next(block.parameters()).dtype == weights
+        yield block if is_ready else copy.deepcopy(block).to(weights)
+
+    def show(self, layer: int, block: nn.Module, rows: slice, *, is_first: bool) -> None:
+        """Run a block on some sequences of the pruned path, for those who look on."""
+        with torch.no_grad():
+            self._pass.run(layer, block, self._source(layer, is_first)[rows])
+
+    def parts(self) -> Iterator[tuple[slice, bool]]:
+        """The sequences in steps, and whether they are kept aside (`held_out`)."""
+        aside = len(self._ids) - len(held_out(self._ids))
+        for rows in self._steps:
+            for begin, end, is_held_out in (
+                (rows.start, min(rows.stop, aside), False),
+                (max(rows.start, aside), rows.stop, True),
+            ):
+                if begin < end:
+                    yield slice(begin, end), is_held_out
 
     def fit(self, layer: int, block: nn.Module, groups: Sequence[Group], *, is_first: bool) -> tuple[str, Outcome]:
         """Fit the MLP of a block, in place, and go one block on along the pruned path.
@@ -121,11 +159,12 @@ class Paths:
         names = mlp_names(self._decoder.config, groups)
         mlp = nn.Sequential(*(block.get_submodule(name) for name in names))
         read, target = self._rows("read", layer, self._pass.dtype), self._rows("target", layer)
-        source = self._rows("dense" if is_first else "pruned", layer)
-        before = self._find_targets(layer, block, mlp, source, read, target)
+        before = self._find_targets(layer, block, mlp, self._source(layer, is_first), read, target)
         fitted = copy.deepcopy(mlp).float()
         energy = before.energy / self._ids.numel()
-        _fit(fitted, self._batches(read, target), self._steps_in_all, energy, self._pass.products)
+        batches = self._batches(read, target)
+        with _zeros_kept(fitted) if self._keeps_zeros else nullcontext():
+            _fit(fitted, batches, self._steps_in_all, energy, self._pass.products)
         fitted.to(next(mlp.parameters()).dtype)  # the path goes on with what will be stored
         after = self._go_on(fitted, layer, read, target)
         is_accepted = after.of_aside < before.of_aside
@@ -133,7 +172,7 @@ class Paths:
             mlp.load_state_dict(fitted.state_dict())
         else:
             self._go_on(mlp, layer, read, target)
-        self._journal.forget(f"read-{layer}", f"target-{layer}")
+        self._forget("read", "target", layer=layer)
         outcome = Outcome(
             damping=None,
             is_accepted=is_accepted,
@@ -141,11 +180,13 @@ class Paths:
             held_out_error=after.of_aside if math.isfinite(after.of_aside) else None,  # a fit may run away
             error=(after if is_accepted else before).of_all,
         )
-        return f"{self._decoder.prefix(layer)}{names[0]}", outcome
+        # an MLP that is no module of its own is called by its ends, which are Linears with outcomes of their own
+        own = names[0] if len(names) == 1 else f"{names[0]}+{names[-1].rpartition('.')[2]}"
+        return f"{self._decoder.prefix(layer)}{own}", outcome
 
     def forget(self, layer: int) -> None:
         """Drop what no later block reads, once this one is remembered."""
-        self._journal.forget(f"dense-{layer}", f"pruned-{layer}")
+        self._forget("dense", "pruned", layer=layer)
 
     def _find_targets(
         self, layer: int, block: nn.Module, mlp: nn.Sequential, source: Rows, read: Rows, target: Rows
@@ -219,10 +260,20 @@ class Paths:
         with torch.no_grad():
             for rows in self._steps:
                 output[rows] = self._pass.run(layer, block, source[rows])
+        output.flush()
 
-    def _rows(self, name: str, layer: int, dtype: torch.dtype = torch.float32) -> Rows:
+    def _source(self, layer: int, is_first: bool) -> Rows:
+        return self._rows("dense" if is_first else "pruned", layer)
+
+    def _rows(self, what: str, layer: int, dtype: torch.dtype = torch.float32) -> Rows:
         shape = (*self._ids.shape, self._decoder.config.hidden_size)
-        return self._journal.rows(f"{name}-{layer}", shape, dtype)
+        return self._journal.rows(self._row_name(what, layer), shape, dtype)
+
+    def _forget(self, *what: str, layer: int) -> None:
+        self._journal.forget(*(self._row_name(each, layer) for each in what))
+
+    def _row_name(self, what: str, layer: int) -> str:
+        return f"{self._name}-{what}-{layer}" if self._name else f"{what}-{layer}"
 
 
 class _Missed:
@@ -285,6 +336,19 @@ def mlp_names(config: PreTrainedConfig, groups: Sequence[Group]) -> Sequence[str
 def rate_share(step: int, *, steps: int) -> float:
     """Share of the largest learning rate in a step: a linear rise, and a cosine to zero."""
     return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@contextmanager
+def _zeros_kept(mlp: nn.Module) -> Iterator[None]:
+    """Inside, weights that are zero get no gradient, so that Adam, without decay, leaves them at exactly zero."""
+    matrices = [parameter for parameter in mlp.parameters() if parameter.ndim > 1]
+    mlp.requires_grad_(True)
+    hooks = [matrix.register_hook((matrix.detach() != 0).to(matrix.dtype).mul) for matrix in matrices]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _fit(

@@ -22,7 +22,7 @@ With several ranks each walks its own sequences, and sums over tokens become sum
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -43,6 +43,9 @@ from edgeprune_runtime.errors import EdgepruneError
 
 Progress = Callable[[str, int, int], None]
 """Called with (what happens, steps done, steps in all)."""
+
+Watcher = Callable[[torch.Tensor], None]
+"""Called with what a Linear reads or writes."""
 
 BATCH_TOKENS = 4096
 """Tokens of one forward step: enough to keep the matrix units busy, few enough for one block's activations."""
@@ -396,7 +399,7 @@ class BlockWalk:
                 cosines += torch.tensor([cosine.double().sum(), cosine.numel()], dtype=torch.float64)
                 output[piece.rows] = y
             self.ranks.sum([cosines, *(tensor for part in sums for found in part.values() for tensor in found.all())])
-            moments = {name: _moments(sums[0].pop(name), sums[1].pop(name)) for name in modules}
+            moments = {name: moments_of(sums[0].pop(name), sums[1].pop(name)) for name in modules}
             if (self.keeps_moments and self.ranks.is_first) or (self.graded and "inputs" in self.method.needs):
                 for name, found in moments.items():
                     self.journal.put(moments_entry(name), found.packed())
@@ -662,36 +665,36 @@ class BlockWalk:
         shape = (self._graded_here, self.ids.shape[1], self.decoder.config.hidden_size)
         return self.journal.rows(f"gradient-{layer}", shape, torch.float32)
 
-    @contextmanager
-    def _shown(
-        self, block: nn.Module, layer: int, watchers: Mapping["Side", Callable[[torch.Tensor], None]]
-    ) -> Iterator[None]:
+    def _shown(self, block: nn.Module, layer: int, watchers: Mapping["Side", Watcher]) -> AbstractContextManager[None]:
         """Inside, each watcher is called with what its Linear reads or writes."""
-        hooks = []
-        for (name, which), watcher in watchers.items():
-            linear = self._linear(block, layer, name)
-            if which == "in":
-                hooks.append(linear.register_forward_pre_hook(partial(_show_input, watcher)))
-            else:
-                hooks.append(linear.register_forward_hook(partial(_show_output, watcher)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return shown((self._linear(block, layer, name), which, watcher) for (name, which), watcher in watchers.items())
 
 
 Side = tuple[str, str]
 """A Linear's name, and "in" or "out"."""
 
 
-def _show_input(watcher: Callable[[torch.Tensor], None], _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+@contextmanager
+def shown(watchers: Iterable[tuple[Linear, str, Watcher]]) -> Iterator[None]:
+    """Inside, each watcher is called with what its Linear reads ("in") or writes ("out")."""
+    hooks = []
+    for linear, which, watcher in watchers:
+        if which == "in":
+            hooks.append(linear.register_forward_pre_hook(partial(_show_input, watcher)))
+        else:
+            hooks.append(linear.register_forward_hook(partial(_show_output, watcher)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _show_input(watcher: Watcher, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     watcher(inputs[0])
 
 
-def _show_output(
-    watcher: Callable[[torch.Tensor], None], _: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-) -> None:
+def _show_output(watcher: Watcher, _: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     watcher(output)
 
 
@@ -724,7 +727,7 @@ class InputSums:
         return [self.gram, self.total, self.tokens]
 
 
-def _moments(fitting: InputSums, held_out: InputSums) -> Moments:
+def moments_of(fitting: InputSums, held_out: InputSums) -> Moments:
     """Moments of both parts of the tokens; the sums are used up."""
     tokens, aside = float(fitting.tokens + held_out.tokens), float(held_out.tokens)
     if not aside:

@@ -5,19 +5,24 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cuts import groups_of, uniform_keep
 from toys import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from edgeprune.calibration import Calibration
+from edgeprune.shrink import shrink
+from edgeprune.sparsify import Sparsity, sparsify
 from edgeprune_runtime.errors import EdgepruneError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("main_job", "accuracy", "memory", "speed", "export")
+SCRIPTS = ("main_job", "accuracy", "sparsity", "memory", "speed", "export")
 TINY_CALIBRATION = ("--calibration-sequences", "8", "--calibration-tokens", "64")
 TINY_LLAMA = ("--hidden", "64", "--heads", "4", "--channels", "160", "--vocabulary", "300")
 
@@ -285,6 +290,57 @@ def test_fusion_is_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "1 of 2 seeds" in verdict.text
 
 
+# --- zeros ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["wanda|hardware|none", "a=wanda|none", "a=wanda|hardware|no", "a=osb|hardware|none", "a=wanda|paper|none"],
+)
+def test_rows_of_zeros_that_are_not_understood_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    sparsity = module("sparsity", monkeypatch)
+    with pytest.raises(EdgepruneError):
+        sparsity._parse_row(text, "2:4", "mlp")
+
+
+def test_rows_of_the_table_of_zeros_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparsity = module("sparsity", monkeypatch)
+    for pattern, scope in (("2:4", "mlp"), ("0.5", "all")):
+        found = dict(sparsity._parse_row(text, pattern, scope) for text in sparsity.ROWS)
+        assert len(found) == len(sparsity.ROWS)
+        assert {(each.pattern, each.scope) for each in found.values()} == {(pattern, scope)}
+
+
+@pytest.mark.parametrize(("pattern", "scope", "is_cut"), [
+    ("2:4", "mlp", False), ("2:4", "all", False), ("7:16", "all", False), ("0.5", "mlp", False), ("2:4", "mlp", True),
+])  # fmt: skip
+def test_stored_bytes_are_those_of_the_weights_that_are_kept_and_a_bit_for_each_place(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, scope: Any, is_cut: bool
+) -> None:
+    sparsity, model = module("sparsity", monkeypatch), toy("llama-bias")
+    groups = groups_of(model)
+    keep = uniform_keep(groups, kv_heads=1, share=2, channels=32) if is_cut else {}
+    how = Sparsity(pattern, "magnitude", scope, "hardware", "none")
+    found, dense = sparsity.stored_bytes(model, keep, how), sparsity.stored_bytes(model, keep, None)
+    if is_cut:
+        shrink(model, groups, keep)
+    sparsify(model, how, Calibration(torch.zeros(1, 4, dtype=torch.int64), "test", 0, ""))
+    names = how.record(groups_of(model)).sides
+    places = sum(model.get_submodule(name).weight.numel() for name in names)
+    zeros = sum(int((model.get_submodule(name).weight == 0).sum()) for name in names)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert dense == 2 * parameters
+    assert found == 2 * (parameters - zeros) + places / 8
+
+
+def test_zeros_are_measured_once_where_two_rows_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparsity = module("sparsity", monkeypatch)
+    dass, wanda = (Sparsity("2:4", method, "all", "hardware", "none") for method in ("dass", "wanda"))
+    assert sparsity._same_as(dass) == sparsity._same_as(wanda) == wanda
+    paper = replace(dass, layout="paper")
+    assert sparsity._same_as(paper) == paper
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +399,44 @@ def test_accuracy_refuses_a_recipe_it_does_not_understand(data_folder: Path) -> 
     done = script("accuracy", "--data", str(data_folder), "--recipe", "a=magnitude||maybe")
     assert done.returncode == 2
     assert "least-squares" in done.stderr
+
+
+@pytest.mark.slow
+def test_zeros_are_measured_and_shown_again(data_folder: Path, stories260k: Path, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    common = (
+        *("sparsity", "--model", str(stories260k), "--data", str(data_folder), *TINY_CALIBRATION),
+        *("--windows", "2", "--window", "64", "--dtype", "float32", "--eval-dtype", "float32", "--results", str(path)),
+    )
+    rows = ("--row", "a=wanda|hardware|none", "--row", "b=dass|hardware|none", "--row", "c=dass|paper|least-squares")
+
+    def measured() -> int:
+        return len(list(filter(None, path.read_text("utf-8").split("\n"))))
+
+    first = report(*common, *rows, "--patterns", "2:4", "0.5", "--seeds", "0", "1")
+    assert measured() == 1 + 2 * 2 * 2  # dense; two rows that differ, patterns, seeds
+    assert [table["title"] for table in first["tables"]] == ["2:4, MLPs", "0.5, MLPs"]
+    a, b, c = (row["perplexity"] for row in first["tables"][0]["rows"])
+    assert a == b != c
+    assert "(" in a
+    again = report(*common, *rows, "--patterns", "2:4", "0.5", "--seeds", "0", "1", "--only-table")
+    assert again["tables"] == first["tables"]
+    assert measured() == 9
+
+
+@pytest.mark.slow
+def test_zeros_and_cuts_are_compared_at_equal_bytes(data_folder: Path, stories260k: Path, tmp_path: Path) -> None:
+    found = report(
+        *("sparsity", "--model", str(stories260k), "--data", str(data_folder), *TINY_CALIBRATION, "--bytes"),
+        *("--windows", "2", "--window", "64", "--row", "a=wanda|hardware|none"),
+        *("--results", str(tmp_path / "results.jsonl")),
+    )
+    rows = {row["row"]: row for row in found["tables"][0]["rows"]}
+    alone, cut = rows["2:4 of all Linears, nothing cut"], rows["cut alone"]
+    assert alone["cut"] == "0.0%"
+    for name in ("cut alone", "cut, then 2:4 of the MLPs"):
+        assert 0.9 * alone["stored, MB"] < rows[name]["stored, MB"] <= alone["stored, MB"]
+    assert float(cut["cut"].rstrip("%")) > float(rows["cut, then 2:4 of the MLPs"]["cut"].rstrip("%")) > 0
 
 
 def test_memory_makes_checkpoints_that_load_and_stay_finite(memory: Any, tmp_path: Path) -> None:

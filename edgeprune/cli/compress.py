@@ -33,6 +33,7 @@ from edgeprune.cli.options import (
     chosen_preset,
     graded_sequences,
     settings_of,
+    sparsity_of,
 )
 from edgeprune.presets import DEFAULT_PRESET, PRESETS
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from edgeprune.streaming import Decoder
     from edgeprune_runtime.report import Report
 
-PRUNING, CALIBRATING, MEASURING = "How to prune", "Calibration text", "Checks at the end"
+PRUNING, ZEROS, CALIBRATING, MEASURING = "How to prune", "Zeros", "Calibration text", "Checks at the end"
 
 
 def _of_presets(option: str) -> str:
@@ -58,7 +59,10 @@ def compress(
     model: Annotated[
         str, typer.Argument(help="A model folder, a .gguf file, a hub id, or smollm2-135m.", show_default=False)
     ],
-    ratio: Annotated[float, typer.Option("--ratio", "-r", help="Share of all parameters to remove, up to 0.9.")] = 0.2,
+    ratio: Annotated[
+        float,
+        typer.Option("--ratio", "-r", help="Share of all parameters to remove, up to 0.9; 0 only with --sparsity."),
+    ] = 0.2,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; default: NAME-pruned.", show_default=False)
     ] = None,
@@ -112,6 +116,39 @@ def compress(
             rich_help_panel=PRUNING,
         ),
     ] = "per-layer",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:M",
+            help="Zeros in the weights that stay: N kept of M (2:4, 4:8 ...), or a share of zeros such as 0.5; --ratio "
+            "0 cuts nothing else.",
+            show_default=False,
+            rich_help_panel=ZEROS,
+        ),
+    ] = None,
+    sparsity_method: Annotated[
+        str | None,
+        typer.Option(
+            help="Which weights become zero: alps, sparsegpt, wanda, dass or magnitude; default: alps.",
+            show_default=False,
+            rich_help_panel=ZEROS,
+        ),
+    ] = None,
+    sparsity_scope: Annotated[
+        str | None,
+        typer.Option(
+            help="mlp, or all Linears of the blocks; default: mlp.", show_default=False, rich_help_panel=ZEROS
+        ),
+    ] = None,
+    sparsity_layout: Annotated[
+        str | None,
+        typer.Option(
+            help="hardware (blocks of inputs, for sparse tensor cores), or paper (dass alone: blocks of channels); "
+            "default: hardware.",
+            show_default=False,
+            rich_help_panel=ZEROS,
+        ),
+    ] = None,
     align: Annotated[
         int, typer.Option(help="Kept channel counts are multiples of this.", rich_help_panel=PRUNING)
     ] = 32,
@@ -254,6 +291,10 @@ def compress(
         refit=chosen.refit,
         heads=heads,
         widths=widths,
+        sparsity=sparsity,
+        sparsity_method=sparsity_method,
+        sparsity_scope=sparsity_scope,
+        sparsity_layout=sparsity_layout,
         align=align,
         min_channels=min_channels,
         calibration=calibration,
@@ -310,20 +351,25 @@ def _silenced(options: Options) -> Options:
 
 
 def _prune(options: Options, ranks: "Ranks") -> None:
-    """Open, calibrate, plan, cut, save, export, measure, report."""
+    """Open, calibrate, plan, cut, put in zeros, save, export, measure, report."""
     from edgeprune.checkpoint import save
     from edgeprune.cli.stages import Clock, Stages
-    from edgeprune.cli.verdict import only_refit, plan_report, short, with_refit
+    from edgeprune.cli.verdict import SPARSE_REFIT_TABLE, only_refit, plan_report, short, with_refit, with_zeros
     from edgeprune.groups import layer_widths
-    from edgeprune.pruning import apply_plan, make_plan, progress_so_far
+    from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
     from edgeprune.sources import load_tokenizer, open_source
+    from edgeprune.sparsify import sparsify
     from edgeprune_export.exporting import graph_source_of
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import atomic_folder
 
-    settings = settings_of(options)
-    settings.check()
-    settings.check_sequences(options.calibration_sequences)
+    settings, sparsity = settings_of(options), sparsity_of(options)
+    if sparsity is not None:
+        sparsity.check()
+        sparsity.check_sequences(options.calibration_sequences)
+    if options.ratio or sparsity is None:
+        settings.check()
+        settings.check_sequences(options.calibration_sequences)
     check_measuring(options)
     memory_bytes = parse_size(options.memory) if options.memory is not None else None
     max_memory_bytes = parse_size(options.max_memory) if options.max_memory is not None else None
@@ -334,15 +380,17 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     graph_source = graph_source_of(source.model_type, options.graph_source)
     stages = Stages(options.quiet)
 
-    with open_journal_of(options, source, settings, ranks) as journal:
+    with open_journal_of(options, source, settings, sparsity, ranks) as journal:
         with stages.stage("open the model"):
             tokenizer = load_tokenizer(source)
             decoder, dense = open_dense(
                 source, tokenizer, journal, exports=not (options.checkpoint_only or options.dry_run)
             )
             dtype = find_dtype(options.dtype, journal, ranks)
-            footprint = fit_memory(options, settings, decoder, dtype, max_memory_bytes)
+            footprint = fit_memory(options, settings, sparsity, decoder, dtype, max_memory_bytes)
             decoder.keeps_blocks = footprint.keeps_blocks
+            if sparsity is not None:
+                sparsity.check_for(decoder.config, decoder.groups)
             check_fits(options, decoder, tokenizer, text, footprint, journal)
             decoder.load_outside()
         stages.remark(source.description)
@@ -351,45 +399,65 @@ def _prune(options: Options, ranks: "Ranks") -> None:
         stages.remark(f"{gathered.ids.shape[0]} x {gathered.ids.shape[1]} tokens of {gathered.source}")
         if (so_far := progress_so_far(journal, decoder.layers)) is not None:
             stages.remark(so_far)
-        with stages.stage("importance of every unit") as step:
-            clock = Clock(lambda phase, done, total: step(phase, done / total))
-            plan, stats = make_plan(
-                decoder,
-                source.description,
-                gathered,
-                settings,
-                dtype=dtype,
-                with_moments=settings.refit != "none" and not options.dry_run,
-                step_tokens=footprint.step_tokens,
-                journal=journal,
-                ranks=ranks,
-                progress=clock,
-            )
+        if options.ratio:
+            with stages.stage("importance of every unit") as step:
+                clock = Clock(lambda phase, done, total: step(phase, done / total))
+                plan, stats = make_plan(
+                    decoder,
+                    source.description,
+                    gathered,
+                    settings,
+                    dtype=dtype,
+                    with_moments=settings.refit != "none" and not options.dry_run,
+                    step_tokens=footprint.step_tokens,
+                    journal=journal,
+                    ranks=ranks,
+                    progress=clock,
+                )
+        else:
+            plan, clock, stats = keep_all(decoder, source.description, gathered, dtype=dtype), None, None
+        if sparsity is not None:
+            notes = (*plan.notes, *sparsity.notes(decoder.groups))
+            plan = replace(plan, sparsity=sparsity.record(decoder.groups), notes=notes)
         if not ranks.is_first:
             ranks.meet()
             return
         before, after = layer_widths(decoder.groups, {}), layer_widths(decoder.groups, plan.keep)
         report = plan_report(plan, before, after)
-        if options.dry_run:
+        if options.dry_run and clock is not None:
             report = _with_estimates(report, options, settings, decoder, clock)
         _show(report, as_json=options.as_json, is_last=options.dry_run, is_measured=False)
         if not options.dry_run:
-            with stages.stage("refit and cut") as step:
-                outcomes = apply_plan(
-                    decoder,
-                    plan,
-                    stats.moments,
-                    gathered,
-                    dtype=dtype,
-                    step_tokens=footprint.step_tokens,
-                    journal=journal,
-                    progress=lambda phase, done, total: step("", done / total),
-                )
-            report = with_refit(report, outcomes)
+            if stats is not None:
+                with stages.stage("refit and cut") as step:
+                    outcomes = apply_plan(
+                        decoder,
+                        plan,
+                        stats.moments,
+                        gathered,
+                        dtype=dtype,
+                        step_tokens=footprint.step_tokens,
+                        journal=journal,
+                        progress=lambda phase, done, total: step("", done / total),
+                    )
+                report = with_refit(report, outcomes)
+            if sparsity is not None:
+                with stages.stage("zeros in the weights") as step:
+                    outcomes = sparsify(
+                        decoder,
+                        sparsity,
+                        gathered,
+                        dtype=dtype,
+                        step_tokens=footprint.step_tokens,
+                        journal=journal,
+                        progress=lambda phase, done, total: step("", done / total),
+                    )
+                report = with_refit(report, outcomes, SPARSE_REFIT_TABLE)
             if options.checkpoint_only:
                 with stages.stage("save and read back"):
                     saved = save(decoder, tokenizer, plan, after, options.output, force=options.force)
                 _check_form(options, saved)
+                report = with_zeros(report, saved.zeros, "the checkpoint")
                 _show(report, as_json=options.as_json, is_last=True, is_measured=False, shown=only_refit(report))
                 _say_next(options)
             else:
@@ -397,6 +465,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                     with stages.stage("save and read back"):
                         saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT)
                     _check_form(options, saved)
+                    report = with_zeros(report, saved.zeros, "the checkpoint")
                     # the exports load what they need; all of it at once would be too much for a small machine
                     del decoder, stats
                     _export(folder, dense, source, graph_source, stages)

@@ -29,12 +29,19 @@ def judge(
 ) -> "Report":
     """Measure both bundles, and write the verdict beside them."""
     from edgeprune.calibration import Calibration
-    from edgeprune.cli.verdict import Gates, verdict_report
+    from edgeprune.cli.verdict import Gates, verdict_report, with_zeros
+    from edgeprune_export.sparsity_check import found_zeros
+    from edgeprune_runtime.bundle import open_bundle
 
     with stages.counted("perplexity through ONNX Runtime") as advance:
         perplexities = _perplexities(options, [folder / DENSE, folder / BUNDLE], text, advance)
     with stages.counted("latency and memory, in turns") as advance:
         measured, fits = _measure(options, folder / DENSE, folder / BUNDLE, memory_bytes, advance)
+    compressed = None
+    if plan.sparsity is not None:
+        planned = with_zeros(planned, found_zeros(open_bundle(folder / BUNDLE)), "the ONNX graph")
+        with stages.stage("size of the compressed bundles"):
+            compressed = _compressed_bytes(folder / DENSE), _compressed_bytes(folder / BUNDLE)
     if not options.keep_dense:
         shutil.rmtree(folder / DENSE)
     is_held_out = isinstance(text, Calibration)
@@ -47,6 +54,7 @@ def judge(
         seconds=stages.seconds,
         gates=Gates(options.max_perplexity_ratio, options.min_decode_speedup),
         fits=fits,
+        compressed_bytes=compressed,
     )
     report.save(folder)
     return report
@@ -63,6 +71,18 @@ def hold_gates(options: Options, report: "Report") -> None:
     failed = [verdict.text for verdict in report.verdicts if verdict.passed is False]
     if failed:
         raise GateError(f"the result is in {options.output}, but misses its gate: {'; '.join(failed)}")
+
+
+def _compressed_bytes(bundle: Path) -> int:
+    """Bytes of a bundle in a package or a download: each of its files compressed by zstd at its default level."""
+    import zstandard
+
+    total = 0
+    for file in bundle.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                total += sum(len(chunk) for chunk in zstandard.ZstdCompressor(threads=-1).read_to_iter(stream))
+    return total
 
 
 def _perplexities(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeprune.memory import Footprint
     from edgeprune.pruning import Settings
     from edgeprune.sources import Source
+    from edgeprune.sparsify import Sparsity
     from edgeprune.streaming import Decoder
     from edgeprune_runtime.text import Text
 
@@ -35,7 +36,9 @@ def read_eval_text(options: Options) -> "Text | None":
 
 
 @contextmanager
-def open_journal_of(options: Options, source: "Source", settings: "Settings", ranks: "Ranks") -> "Iterator[Journal]":
+def open_journal_of(
+    options: Options, source: "Source", settings: "Settings", sparsity: "Sparsity | None", ranks: "Ranks"
+) -> "Iterator[Journal]":
     """The journal of this command: beside the output, or in memory for a dry run, which writes nothing."""
     import torch
     import transformers
@@ -51,7 +54,7 @@ def open_journal_of(options: Options, source: "Source", settings: "Settings", ra
     text = Path(options.calibration) if options.calibration is not None else None
     fingerprint = {
         "model": identity(source),
-        "setting": [asdict(settings), options.dtype, options.max_memory],
+        "setting": [asdict(settings), asdict(sparsity) if sparsity else None, options.dtype, options.max_memory],
         "calibration text": [
             options.calibration,
             hashlib.sha256(text.read_bytes()).hexdigest() if text is not None and text.is_file() else None,
@@ -122,7 +125,12 @@ def find_dtype(name: str, journal: "Journal", ranks: "Ranks") -> "torch.dtype":
 
 
 def fit_memory(
-    options: Options, settings: "Settings", decoder: "Decoder", dtype: "torch.dtype", limit_bytes: int | None
+    options: Options,
+    settings: "Settings",
+    sparsity: "Sparsity | None",
+    decoder: "Decoder",
+    dtype: "torch.dtype",
+    limit_bytes: int | None,
 ) -> "Footprint":
     """How the run stays within --max-memory."""
     from edgeprune.memory import Sizes, Work, fit
@@ -135,7 +143,9 @@ def fit_memory(
         graded=graded_sequences(options, settings),
         journal_in_memory=options.dry_run,
         searches=settings.reads_moments,
-        reconstructs=settings.refit == "reconstruct" and not options.dry_run,
+        reconstructs="reconstruct" in (settings.refit, sparsity and sparsity.refit) and not options.dry_run,
+        zeros=sparsity.scope if sparsity and not options.dry_run else None,
+        sums_products=sparsity is not None and "gram" in sparsity.needs,
     )
     return fit(Sizes.of(decoder, options.calibration_sequences, options.calibration_tokens), work, limit_bytes)
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from edgeprune.budget import Heads
     from edgeprune.pruning import Settings, Widths
     from edgeprune.refit import Mode
+    from edgeprune.sparsify import Refit, Sparsity
 
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
 OUTPUT_KIND = "an output of compress"
@@ -30,6 +31,10 @@ class Options:
     refit: str
     heads: str
     widths: str
+    sparsity: str | None
+    sparsity_method: str | None
+    sparsity_scope: str | None
+    sparsity_layout: str | None
     align: int
     min_channels: int
     calibration: str | None
@@ -77,9 +82,11 @@ def chosen_preset(preset: str, given: Mapping[str, str | int | None], widths: st
 
 
 def settings_of(options: Options) -> "Settings":
-    """How to prune; not checked yet."""
+    """How to cut; not checked yet. With a ratio of 0 nothing is looked at and nothing refitted."""
     from edgeprune.pruning import Settings
 
+    if options.ratio == 0:
+        return Settings(0.0, method="magnitude", allocation="uniform", refit="none")
     return Settings(
         ratio=options.ratio,
         method=options.method,
@@ -91,6 +98,31 @@ def settings_of(options: Options) -> "Settings":
         heads=cast("Heads", options.heads),  # check() says so if it is none
         widths=cast("Widths", options.widths),
     )
+
+
+def sparsity_of(options: Options) -> "Sparsity | None":
+    """How to put zeros into the weights, if that is asked for; not checked yet.
+
+    Raises:
+        EdgepruneError: if something of it is asked for, but no pattern.
+    """
+    from edgeprune.sparsify import Sparsity
+    from edgeprune_runtime.errors import EdgepruneError
+
+    given = {
+        "method": options.sparsity_method,
+        "scope": options.sparsity_scope,
+        "layout": options.sparsity_layout,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.sparsity is None:
+        if changes:
+            raise EdgepruneError(
+                f"--sparsity-{next(iter(changes))} goes with --sparsity, which is missing; give a pattern such as "
+                "--sparsity 2:4"
+            )
+        return None
+    return Sparsity(options.sparsity, **changes, refit=cast("Refit", options.refit))  # check() says so if it is none
 
 
 def held_out_sequences(options: Options) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from edgeprune.groups import LayerWidths
-from edgeprune.plan import PrunePlan
+from edgeprune.patterns import Found, Pattern
+from edgeprune.plan import PrunePlan, SparsityRecord
 from edgeprune.presets import Preset
 from edgeprune.refit import Outcome
 from edgeprune_runtime.bench import CONFIDENCE, DEFINITIONS, MIN_ROUNDS_FOR_VERDICT, PEAK_MEMORY, BenchResult, Ratio
@@ -15,7 +16,15 @@ from edgeprune_runtime.report import Cell, Report, Table, Verdict, format_bytes
 
 FLOAT32_BYTES = 4
 MEGABYTE = 1e6
-REFIT_TABLE = "What the refit did"
+REFIT_TABLE, SPARSE_REFIT_TABLE = "What the refit did", "What the refit of the sparse Linears did"
+REFIT_DATA = {REFIT_TABLE: "refit", SPARSE_REFIT_TABLE: "sparse_refit"}
+"""Table -> its data in the report."""
+
+ZEROS_TABLE = "Zeros in the weights"
+ZEROS_AND_SPEED = (
+    "ONNX Runtime's CPU kernels multiply by zeros as by other numbers: zeros alone win no time and no memory there, "
+    "only bytes of what is compressed; sparse tensor cores (TensorRT, provider tensorrt) can use 2:4 along inputs"
+)
 MEASURED = {
     "ttft_ms": ("time to first token (ttft), ms", 1.0),
     "tpot_ms": ("time per output token (tpot), ms", 1.0),
@@ -38,7 +47,16 @@ class Gates:
 
 
 def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[LayerWidths]) -> Report:
-    """What leaves each layer, and what that does to parameters, bytes and the KV cache."""
+    """What leaves each layer, what that does to parameters, bytes and the KV cache, and where zeros are put."""
+    tables = _cut_tables(plan, before, after) if plan.is_cut else []
+    if plan.sparsity is not None:
+        tables.append(_zeros_table(plan.sparsity))
+    last = replace(tables[-1], notes=(*tables[-1].notes, *_calibration_notes(plan), *plan.notes))
+    title = f"edgeprune plan: {plan.model}"
+    return Report(title, this_machine(), (*tables[:-1], last), (), {"plan": plan.summary()})
+
+
+def _cut_tables(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[LayerWidths]) -> list[Table]:
     layers = Table(
         "What stays in each layer",
         ("layers", "query heads", "KV heads", "channels"),
@@ -47,8 +65,6 @@ def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
             for name, b, a in _runs(before, after)
         ),
     )
-    calibration = plan.calibration
-    assert calibration is not None, "every plan of compress has seen calibration text"
     totals = Table(
         "Plan",
         ("", "dense", "pruned", "pruned / dense"),
@@ -66,17 +82,55 @@ def plan_report(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
         notes=(
             f"importance {plan.method}, allocation {plan.allocation}, heads {plan.heads}, refit {plan.refit}, "
             f"statistics in {plan.dtype}",
-            f"calibration: {calibration.sequences} x {calibration.length_tokens} tokens of {calibration.source}, "
-            f"seed {plan.seed}, sha256 {calibration.sha256[:12]}",
-            *plan.notes,
         ),
     )
-    return Report(f"edgeprune plan: {plan.model}", this_machine(), (layers, totals), (), {"plan": plan.summary()})
+    return [layers, totals]
 
 
-def with_refit(report: Report, outcomes: Mapping[str, Outcome]) -> Report:
-    """A plan's report with what the refit did: means over the Linears of a kind, and the one that ended worst."""
-    data = dict(report.data) | {"refit": {name: asdict(outcome) for name, outcome in outcomes.items()}}
+def _zeros_table(sparsity: SparsityRecord) -> Table:
+    """Where zeros are put: a row for the Linears of a kind."""
+    kinds: dict[tuple[str, str], int] = {}
+    for name, side in sparsity.sides.items():
+        kind = name.rpartition(".")[2], side
+        kinds[kind] = kinds.get(kind, 0) + 1
+    pattern = Pattern.parse(sparsity.pattern)
+    along = {"in": "inputs", "out": "outputs"}
+    return Table(
+        ZEROS_TABLE,
+        ("Linears", "count", "pattern", "blocks lie along" if pattern.block_m else "ranked along", "zeros, at least"),
+        tuple(
+            (kind, count, sparsity.pattern, along[side], f"{pattern.sparsity:.1%}")
+            for (kind, side), count in kinds.items()
+        ),
+        notes=(f"method {sparsity.method}, layout {sparsity.layout}, refit {sparsity.refit}", ZEROS_AND_SPEED),
+    )
+
+
+def _calibration_notes(plan: PrunePlan) -> tuple[str, ...]:
+    calibration = plan.calibration
+    assert calibration is not None, "every plan of compress has seen calibration text"
+    return (
+        f"calibration: {calibration.sequences} x {calibration.length_tokens} tokens of {calibration.source}, "
+        f"seed {plan.seed}, sha256 {calibration.sha256[:12]}",
+    )
+
+
+def with_zeros(report: Report, found: Found | None, where: str) -> Report:
+    """A report with what was counted in a file that was written; the same without a count."""
+    if found is None:
+        return report
+    text = (
+        f"zeros in {where}: {found.sparsity:.2%} of {found.weights:,} weights, at least {found.expected_sparsity:.2%} "
+        "expected; no block breaks the pattern"
+    )
+    data = dict(report.data) | {"zeros": asdict(found)}
+    return replace(report, verdicts=(*report.verdicts, Verdict(text, passed=found.broken == 0)), data=data)
+
+
+def with_refit(report: Report, outcomes: Mapping[str, Outcome], title: str = REFIT_TABLE) -> Report:
+    """A plan's report with what a refit did: means over the Linears of a kind, and the one that ended worst."""
+    key = REFIT_DATA[title]
+    data = dict(report.data) | {key: {name: asdict(outcome) for name, outcome in outcomes.items()}}
     if not outcomes:
         return replace(report, data=data)
     kinds: dict[str, list[Outcome]] = {}
@@ -84,7 +138,7 @@ def with_refit(report: Report, outcomes: Mapping[str, Outcome]) -> Report:
         kinds.setdefault(name.rpartition(".")[2], []).append(outcome)
     worst = max(outcomes, key=lambda name: outcomes[name].error)
     table = Table(
-        REFIT_TABLE,
+        title,
         ("Linears and MLPs", "accepted", "ridge", "held out, before", "held out, after", "all tokens"),
         (
             *(_refit_row(f"{kind}, mean of {len(of_kind)}", of_kind) for kind, of_kind in kinds.items()),
@@ -101,7 +155,7 @@ def with_refit(report: Report, outcomes: Mapping[str, Outcome]) -> Report:
 
 def only_refit(report: Report) -> Report:
     """What a terminal shows after a plan that it has shown before: the refit."""
-    return replace(report, tables=tuple(table for table in report.tables if table.title == REFIT_TABLE))
+    return replace(report, tables=tuple(table for table in report.tables if table.title in REFIT_DATA))
 
 
 def preset_table(presets: Mapping[str, Preset], seconds: Mapping[str, float], chosen: str) -> Table:
@@ -130,11 +184,12 @@ def verdict_report(
     seconds: Mapping[str, float],
     gates: Gates,
     fits: Sequence[Verdict] = (),
+    compressed_bytes: tuple[int, int] | None = None,
 ) -> Report:
     """The measured table in front of the plan's, with the verdict in words.
 
     `perplexities` are (dense, pruned); `measured` has both sides, or only the pruned one where the dense does not fit;
-    `fits` says so.
+    `fits` says so. `compressed_bytes` are what zstd makes of the (dense, pruned) bundle.
     """
     *first, last = measured.sides
     dense = first[0].figures() if first else dict.fromkeys(MEASURED)
@@ -147,7 +202,9 @@ def verdict_report(
         ("", "dense", "pruned", "pruned / dense"),
         (
             _row("parameters", plan.parameters_before, plan.parameters_after),
+            *_other_than_zero(plan, planned),
             _row("bundle, MB", first[0].size_bytes if first else None, last.size_bytes, MEGABYTE),
+            *([_row("bundle, compressed by zstd, MB", *compressed_bytes, MEGABYTE)] if compressed_bytes else []),
             _row("perplexity", a.perplexity, b.perplexity),
             *(_row(label, dense[name], pruned[name], unit) for name, (label, unit) in MEASURED.items()),
         ),
@@ -170,14 +227,16 @@ def verdict_report(
         "plan": plan.summary(),
         "perplexity": {"dense": asdict(a), "pruned": asdict(b), "ratio": b.perplexity / a.perplexity, "text": text},
         "bench": measured.to_dict(),
-        "refit": planned.data.get("refit", {}),
+        "compressed_bytes": compressed_bytes,
+        "zeros": planned.data.get("zeros"),
+        **{key: planned.data.get(key, {}) for key in REFIT_DATA.values()},
         "seconds": dict(seconds),
     }
     return Report(
         f"edgeprune: {plan.model}",
         measured.machine,
         (table, *planned.tables, timing, meanings),
-        (*_verdicts(plan, a, b, measured, gates), *fits),
+        (*_verdicts(plan, a, b, measured, gates), *planned.verdicts, *fits),
         data,
     )
 
@@ -191,10 +250,11 @@ def _verdicts(
     plan: PrunePlan, dense: Perplexity, pruned: Perplexity, measured: BenchResult, gates: Gates
 ) -> Iterator[Verdict]:
     gone = plan.parameters_before - plan.parameters_after
-    yield Verdict(
-        f"{100 * plan.ratio_reached:.1f} % of all parameters are gone "
-        f"({100 * gone / plan.block_parameters_before:.1f} % of those of the decoder blocks)"
-    )
+    if plan.is_cut:
+        yield Verdict(
+            f"{100 * plan.ratio_reached:.1f} % of all parameters are gone "
+            f"({100 * gone / plan.block_parameters_before:.1f} % of those of the decoder blocks)"
+        )
     growth = pruned.perplexity / dense.perplexity
     words = f"perplexity: {growth:.2f} times that of dense ({dense.perplexity:.2f} became {pruned.perplexity:.2f})"
     if gates.max_perplexity_ratio is None:
@@ -229,6 +289,13 @@ def in_words(ratio: Ratio) -> str:
     words += f" ({100 * CONFIDENCE:.0f} % interval {ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
     is_decided = ends[0] > 1.0 or ends[1] < 1.0
     return f"{ratio.name}: {words}" if is_decided else f"{ratio.name}: no difference shown, {words}"
+
+
+def _other_than_zero(plan: PrunePlan, planned: Report) -> Iterator[tuple[Cell, ...]]:
+    zeros = planned.data.get("zeros")
+    if isinstance(zeros, Mapping):
+        left = plan.parameters_after - (zeros["weights"] - zeros["nonzeros"])
+        yield _row("parameters other than zero", plan.parameters_before, left)
 
 
 def _runs(

@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ import edgeprune_runtime
 from edgeprune.checkpoint import load_pruned
 from edgeprune.configs import LAYOUT_KEY, UNSAFE_CONFIG_KEYS, architecture, load_config, stock_config
 from edgeprune.plan import PLAN_FILE, PrunePlan
+from edgeprune.shrink import LinearShape, linear_of
 from edgeprune.weights import read_json
 from edgeprune_export import decoder, traced
 from edgeprune_export.external_data import ExternalData
@@ -26,6 +27,7 @@ from edgeprune_export.graph_check import check_graph
 from edgeprune_export.parity import DEFAULT_TOLERANCE, ParityResult, check_parity
 from edgeprune_export.positions import check_causal, check_rope, context_note, context_tokens
 from edgeprune_export.sample_text import DEFAULT_TEXT, tokenize
+from edgeprune_export.sparsity_check import check_zeros
 from edgeprune_export.weights import Weights
 from edgeprune_runtime.bundle import (
     CHAT_TEMPLATE_FILE,
@@ -36,6 +38,7 @@ from edgeprune_runtime.bundle import (
     MANIFEST_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    ZEROS,
     FileRecord,
     GraphSource,
     Layer,
@@ -117,9 +120,10 @@ def export(
     parameters = Parameters(*weights.count_parameters())
     check_space(out, 4 * parameters.all + SPARE_BYTES)
     with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder:
-        record = _write_graph(folder, checkpoint, weights, source, report)
+        plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
+        record, zeros = _write_graph(folder, checkpoint, weights, source, plan, report)
         parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
-        manifest = _manifest(checkpoint, weights, parameters, source, parity, name)
+        manifest = replace(_manifest(checkpoint, weights, parameters, source, parity, plan, name), results=zeros)
         _write_files(folder, checkpoint, config, manifest)
         return _sealed(folder, manifest, {data_file(VARIANT): record}, report)
 
@@ -165,7 +169,16 @@ def _check_inside(checkpoint: Path, file: str) -> None:
         raise EdgepruneError(f"{checkpoint / file} links to {target}, outside its folder; put the file itself there")
 
 
-def _write_graph(folder: Path, checkpoint: Path, weights: Weights, source: GraphSource, report: Progress) -> FileRecord:
+def _write_graph(
+    folder: Path,
+    checkpoint: Path,
+    weights: Weights,
+    source: GraphSource,
+    plan: PrunePlan | None,
+    report: Progress,
+) -> tuple[FileRecord, dict[str, Any]]:
+    """Write graph and weights; their record, and what was counted in them."""
+    found: dict[str, Any] = {}
     graph = folder / graph_file(VARIANT)
     graph.parent.mkdir()
     report("graph", 0.0)
@@ -175,9 +188,13 @@ def _write_graph(folder: Path, checkpoint: Path, weights: Weights, source: Graph
         else:
             model = traced.build(load_pruned(checkpoint), weights.layer_widths(), data)
         check_graph(model, weights)
+    if plan is not None and plan.sparsity is not None:
+        outputs = {name: LinearShape.of(linear_of(weights.model, name)).out_features for name in plan.sparsity.sides}
+        zeros = check_zeros(model.graph, plan.sparsity, outputs)
+        found[ZEROS] = asdict(zeros)
     ir.save(model, graph)
     report("graph", 1.0)
-    return FileRecord(data.sha256, data.size_bytes)
+    return FileRecord(data.sha256, data.size_bytes), found
 
 
 def _write_proof(
@@ -207,9 +224,9 @@ def _manifest(
     parameters: Parameters,
     source: GraphSource,
     parity: ParityResult,
+    plan: PrunePlan | None,
     name: str | None,
 ) -> Manifest:
-    plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
     origin = plan.model if plan else checkpoint.resolve().name
     config = weights.config
     tokens = _special_tokens(checkpoint, config)

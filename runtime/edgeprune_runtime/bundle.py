@@ -97,6 +97,10 @@ class Parameters:
     blocks: int
 
 
+ZEROS = "zeros"
+"""Key of a manifest's results: what was counted in a graph with zeros in a pattern."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What a file of the bundle must be."""
@@ -246,6 +250,11 @@ class Bundle:
     def graph_path(self) -> Path:
         """Where the chosen variant's graph lies."""
         return self.folder / self.variant.graph
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether weights have zeros in a pattern, which was counted when the bundle was written."""
+        return ZEROS in self.manifest.results
 
     @property
     def size_bytes(self) -> int:

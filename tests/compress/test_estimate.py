@@ -20,6 +20,7 @@ SIZES = Sizes(
     hidden_size=16,
     vocabulary=100,
     inner=(16, 40),
+    linear_parameters=30_000,
     sequences=8,
     length_tokens=50,
 )

@@ -1,13 +1,18 @@
 """What a run needs is known from shapes, and what a limit does not hold is refused with words that help."""
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from toys import toy
 
+from edgeprune.calibration import Calibration
+from edgeprune.journal import Entry, Journal
 from edgeprune.memory import Footprint, Sizes, Work, fit, phases, scratch_bytes
+from edgeprune.pruning import Settings, apply_plan, make_plan
+from edgeprune.sparsify import Scope, Sparsity, sparsify
 from edgeprune.statistics import BATCH_TOKENS, Method
 from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
@@ -24,6 +29,7 @@ SEVEN = Sizes(  # Llama-7B in bfloat16, 64 x 512 tokens
     hidden_size=4096,
     vocabulary=32000,
     inner=(4096, 11008),
+    linear_parameters=4096 * 11008,
     sequences=64,
     length_tokens=512,
 )
@@ -103,6 +109,78 @@ def test_steps_become_smaller_to_fit() -> None:
     assert narrow.step_tokens % SEVEN.length_tokens == 0
 
 
+def sparse(zeros: Scope, *, sums_products: bool = True) -> Work:
+    return replace(work("magnitude", refits=False), zeros=zeros, sums_products=sums_products)
+
+
+def test_zeros_take_what_one_block_takes_whatever_the_number_of_blocks() -> None:
+    deep = replace(SEVEN, layers=320, blocks_bytes=10 * SEVEN.blocks_bytes)
+    for zeros in get_args(Scope):
+        assert phases(deep, sparse(zeros), 4096) == phases(SEVEN, sparse(zeros), 4096)
+
+
+def test_zeros_take_more_where_products_of_inputs_are_summed_and_more_linears_read_them() -> None:
+    needs = {
+        (zeros, products): phases(SEVEN, sparse(zeros, sums_products=products), 4096)["the zeros of a block"]
+        for zeros in get_args(Scope)
+        for products in (False, True)
+    }
+    products_of_inputs = 2 * 4 * 11008**2  # of the fitting tokens, and of those kept aside
+    assert needs["mlp", True] > needs["mlp", False] + products_of_inputs
+    assert needs["all", True] > needs["mlp", True]
+    assert "the zeros of a block" not in phases(SEVEN, work(), 4096)
+
+
+def test_seven_billion_parameters_get_zeros_by_wanda_in_six_gigabytes() -> None:
+    footprint = fit(SEVEN, sparse("all", sums_products=False), 6 * GB)
+    assert footprint.peak_bytes < 6 * GB
+    assert not footprint.keeps_blocks
+
+
+def test_zeros_that_do_not_fit_are_refused_with_what_would() -> None:
+    need = phases(SEVEN, sparse("mlp"), 512)["the zeros of a block"]
+    fit(SEVEN, sparse("mlp"), int(1.3 * need))
+    with pytest.raises(EdgepruneError, match=r"the zeros of a block takes about .* GiB; give that much, or") as refused:
+        fit(SEVEN, sparse("mlp"), int(0.9 * need))
+    # Wanda without a refit sums no products, and fits
+    assert fit(SEVEN, sparse("mlp", sums_products=False), int(0.9 * need)).peak_bytes < 0.9 * need
+    assert "take a smaller model" not in str(refused.value)
+
+
+class Weighed(Journal):
+    """A journal that knows the most that it has taken on disk."""
+
+    most = 0
+
+    def put(self, name: str, entry: Entry) -> None:
+        super().put(name, entry)
+        self.most = max(self.most, self.size_bytes)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2])
+@pytest.mark.parametrize("refit", ["least-squares", "reconstruct"])
+def test_journal_takes_no_more_disk_than_was_said(ratio: float, refit: str, tmp_path: Path) -> None:
+    """A cut leaves every block in it, and so do the zeros after it."""
+    model, journal = toy("llama", num_hidden_layers=6), Weighed(tmp_path)
+    tokens = Calibration(torch.randint(3, 97, (8, 8), generator=torch.Generator().manual_seed(1)), "test", 0, "")
+    settings = Settings(ratio, refit=refit, allocation="protect:1,0", align=4, min_channels=8)
+    said = Work(
+        Method.parse(settings.method),
+        refits=bool(ratio),
+        dtype=torch.float32,
+        graded=0,
+        reconstructs=refit == "reconstruct",
+        zeros="mlp",
+        sums_products=True,
+    )
+    most = scratch_bytes(Sizes.of(Decoder.of(model), 8, 8), said)
+    if ratio:
+        plan, stats = make_plan(model, "toy", tokens, settings, journal=journal)
+        apply_plan(model, plan, stats.moments, tokens, journal=journal)
+    sparsify(model, Sparsity("2:4", "wanda", "mlp", "hardware", refit), tokens, journal=journal)
+    assert 0.3 * most < journal.most < 1.05 * most  # headers, which are a good deal of what a toy takes
+
+
 def test_blocks_stay_where_all_of_them_fit() -> None:
     assert fitted(30 * GB).keeps_blocks
     assert not fitted(15 * GB).keeps_blocks
@@ -137,4 +215,5 @@ def test_sizes_of_a_model_are_those_of_its_tensors() -> None:
     assert sizes.outside_parameters + 3 * sizes.block_parameters == parameters
     assert sizes.outside_bytes + sizes.blocks_bytes == 2 * parameters
     assert sizes.inner == (32, 80)
+    assert sizes.linear_parameters == 80 * (48 + 1)
     assert sizes.hidden_bytes == 4 * 5 * 20 * 48

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeprune.plan import CalibrationRecord, PrunePlan
+from edgeprune.plan import CalibrationRecord, PrunePlan, SparsityRecord
 from edgeprune_runtime.errors import EdgepruneError
 
 PLAN = PrunePlan(
@@ -32,6 +32,8 @@ PLAN = PrunePlan(
     notes=("a note",),
 )
 
+ZEROS = SparsityRecord("2:4", "dass", "mlp", "paper", "none", {"layers.0.up_proj": "out", "layers.0.down_proj": "in"})
+
 
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(), st.lists(st.integers(0, 10**6)).map(tuple)), st.text(), st.none() | st.text())
@@ -41,9 +43,41 @@ def test_round_trip(keep: dict[str, tuple[int, ...]], text: str, source: str | N
     assert PrunePlan.from_json(plan.to_json()) == plan
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(st.text(), st.sampled_from(["in", "out"])), st.text())
+def test_round_trip_with_zeros(sides: dict[str, Any], text: str) -> None:
+    plan = dataclasses.replace(PLAN, sparsity=dataclasses.replace(ZEROS, sides=sides, method=text))
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
 def test_round_trip_by_file(tmp_path: Path) -> None:
-    PLAN.save(tmp_path)
-    assert PrunePlan.load(tmp_path) == PLAN
+    for plan in (PLAN, dataclasses.replace(PLAN, sparsity=ZEROS), dataclasses.replace(PLAN, keep={}, sparsity=ZEROS)):
+        plan.save(tmp_path)
+        assert PrunePlan.load(tmp_path) == plan
+
+
+def test_plan_of_an_older_version_knows_no_zeros() -> None:
+    assert PrunePlan.from_json(without("sparsity")) == PLAN
+    assert PLAN.sparsity is None
+
+
+def test_plan_that_keeps_everything_cuts_nothing() -> None:
+    assert PLAN.is_cut
+    assert not dataclasses.replace(PLAN, keep={}).is_cut
+
+
+def test_summary_counts_what_it_does_not_list() -> None:
+    summary = dataclasses.replace(PLAN, sparsity=ZEROS).summary()
+    assert {"keep", "units"}.isdisjoint(summary)
+    assert summary["sparsity"] == {
+        "pattern": "2:4",
+        "method": "dass",
+        "scope": "mlp",
+        "layout": "paper",
+        "refit": "none",
+        "linears": 2,
+    }
+    assert PLAN.summary()["sparsity"] is None
 
 
 def test_a_folder_without_plan(tmp_path: Path) -> None:
@@ -59,6 +93,10 @@ def test_a_plan_that_is_not_text(tmp_path: Path) -> None:
 
 def changed(**changes: Any) -> str:
     return json.dumps(json.loads(PLAN.to_json()) | changes)
+
+
+def zeros(**changes: Any) -> str:
+    return changed(sparsity=dataclasses.asdict(ZEROS) | changes)
 
 
 def without(key: str) -> str:
@@ -95,6 +133,21 @@ def without(key: str) -> str:
         changed(units={"layers.0.heads": "6"}),
         changed(keep={"layers.0.heads": [1.5]}),
         changed(calibration={"source": 1, "sequences": 8, "length_tokens": 128, "sha256": ""}),
+        changed(sparsity=7),
+        changed(sparsity="2:4"),
+        changed(sparsity=["2:4"]),
+        changed(sparsity={"pattern": "2:4"}),
+        zeros(surprise=1),
+        zeros(sides=None),
+        zeros(sides=["layers.0.up_proj"]),
+        zeros(sides={"layers.0.up_proj": "up"}),
+        zeros(sides={"layers.0.up_proj": 1}),
+        zeros(sides={"layers.0.up_proj": ["in"]}),
+        zeros(pattern=2),
+        zeros(pattern=None),
+        zeros(method=["dass"]),
+        zeros(scope=True),
+        zeros(refit=None),
         without("keep"),
         without("model"),
         without("notes"),

@@ -18,8 +18,9 @@ from edgeprune.groups import blocks_name
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.pruning import Settings, apply_plan, make_plan
-from edgeprune.reconstruct import mlp_names
-from edgeprune.statistics import Stats
+from edgeprune.reconstruct import Paths, mlp_names
+from edgeprune.statistics import Stats, held_out
+from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
 
 FAMILIES = [name for name in NAMES if name != "opt-narrow"]
@@ -187,6 +188,62 @@ def test_too_few_sequences_to_judge_on_are_refused_before_any_work() -> None:
     settings.check_sequences(8)
     with pytest.raises(EdgepruneError, match="7 leave none; raise --calibration-sequences to 8 or more"):
         planned(toy("llama"), calibration(sequences=7))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_fit_keeps_the_zeros_of_matrices_where_it_is_asked_to(name: str, products: torch.dtype) -> None:
+    tokens, journal = calibration(), Journal()
+    for keeps_zeros in (True, False):
+        model = toy(name)
+        decoder, groups = Decoder.of(model), [group for group in groups_of(model) if group.layer == 0]
+        paths = Paths(decoder, tokens.ids, products, journal, name=f"{keeps_zeros}", keeps_zeros=keeps_zeros)
+        paths.advance_dense(0)
+        block = decoder.blocks[0]
+        mlp = block.get_submodule("mlp")
+        for parameter in mlp.parameters():
+            parameter.data[..., ::2] = 0.0  # biases as well, which have no pattern to keep
+        before = copy.deepcopy(mlp)
+        _, outcome = paths.fit(0, block, groups, is_first=True)
+        assert outcome.is_accepted
+        assert not any(parameter._backward_hooks for parameter in mlp.parameters())
+        for found, start in zip(mlp.parameters(), before.parameters(), strict=True):
+            assert not torch.equal(found, start)
+            is_kept = keeps_zeros and found.ndim > 1
+            assert bool((found[start == 0] == 0).all()) == is_kept
+            assert bool((found[start != 0] != 0).all())
+
+
+@pytest.mark.parametrize(
+    ("sequences", "step_tokens"), [(1, 24), (7, 100), (8, 24), (16, 24 * 16), (17, 24 * 5), (40, 1)]
+)
+def test_steps_cover_all_sequences_and_part_those_kept_aside(sequences: int, step_tokens: int) -> None:
+    tokens = calibration(sequences)
+    paths = Paths(Decoder.of(toy("llama")), tokens.ids, torch.float32, Journal(), step_tokens=step_tokens)
+    parts = list(paths.parts())
+    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(sequences))
+    aside = [row for rows, is_held_out in parts if is_held_out for row in range(rows.start, rows.stop)]
+    assert aside == list(range(sequences - len(held_out(tokens.ids)), sequences))
+    assert all((rows.stop - rows.start) * 24 <= max(24, step_tokens) for rows, _ in parts)
+
+
+def test_paths_of_two_names_share_a_journal(tmp_path: Path) -> None:
+    decoder, journal = Decoder.of(toy("llama")), Journal(tmp_path)
+    first, second = calibration(8), Calibration(calibration(8).ids.flip(0), "test", 0, "")
+    cut, zeros = (
+        Paths(decoder, tokens.ids, torch.float32, journal, name=name)
+        for tokens, name in ((first, ""), (second, "sparse"))
+    )
+    cut.advance_dense(0)
+    zeros.advance_dense(0)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}dense-{layer}.rows" for name in ("", "sparse-") for layer in (0, 1)
+    }
+    shape = (8, 24, 48)
+    rows = [journal.rows(name, shape, torch.float32)[0:8] for name in ("dense-1", "sparse-dense-1")]
+    torch.testing.assert_close(rows[0], rows[1].flip(0))
+    zeros.forget(0)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense-0.rows", "dense-1.rows", "sparse-dense-1.rows"}
 
 
 @pytest.mark.slow

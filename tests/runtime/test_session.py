@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -11,7 +13,7 @@ from tiny_bundle import CONTEXT, GRAPH, edit_manifest, record
 
 from edgeprune_runtime.bundle import Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, Decoder, Side, make_session
+from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, PROVIDERS, Decoder, Side, make_session
 
 ATOL = 1e-4
 ROWS = [list(range(5, 25)), list(range(40, 47)), [9]]
@@ -155,6 +157,54 @@ def test_provider_that_takes_no_node_is_refused(both_folder: Path, monkeypatch: 
     monkeypatch.setattr("edgeprune_runtime.session.nodes_by_provider", lambda _: {"OtherExecutionProvider": 9})
     with pytest.raises(EdgepruneError, match="takes no node"):
         make_session(both_folder / GRAPH)
+
+
+class Accelerated:
+    """A session that ran on the CPU, and says it had run where it was asked to."""
+
+    asked: ClassVar[list[Any]] = []
+    real = onnxruntime.InferenceSession
+
+    def __init__(self, graph: str, options: Any, *, providers: list[Any], **named: Any) -> None:
+        self.asked[:] = providers
+        first = providers[0]
+        self._name = first if isinstance(first, str) else first[0]
+        self._session = self.real(graph, options, providers=["CPUExecutionProvider"], **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return [self._name, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return [SimpleNamespace(ep_name=self._name, get_nodes=lambda: [1])]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a session was asked to run on, of all providers that there are."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Accelerated)
+    return Accelerated.asked
+
+
+def test_tensorrt_is_told_of_a_pattern_of_zeros_and_nobody_else(folder: Path, asked: list[Any]) -> None:
+    assert not open_bundle(folder).is_sparse
+    for provider, name in PROVIDERS.items():
+        Decoder(open_bundle(folder), provider=provider, threads=1)
+        assert asked == [name]
+    edit_manifest(folder, results={"zeros": {"weights": 8, "nonzeros": 4, "allowed": 4, "broken": 0}})
+    assert open_bundle(folder).is_sparse
+    for provider, name in PROVIDERS.items():
+        Decoder(open_bundle(folder), provider=provider, threads=1)
+        assert asked == [(name, {"trt_sparsity_enable": "1"}) if provider == "tensorrt" else name]
+
+
+def test_sparse_bundle_runs_on_the_cpu_as_any_other(folder: Path, both: Decoder) -> None:
+    edit_manifest(folder, results={"zeros": {"weights": 8, "nonzeros": 4, "allowed": 4, "broken": 0}})
+    found, _ = Decoder(open_bundle(folder), threads=1).prefill([ROWS[0]])
+    np.testing.assert_allclose(found, both.prefill([ROWS[0]])[0], atol=ATOL)
 
 
 def test_stale_kv_shapes_are_refused(folder: Path) -> None:
