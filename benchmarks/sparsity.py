@@ -1,4 +1,4 @@
-r"""What zeros in a pattern cost: magnitude, Wanda, SparseGPT, DaSS, and any of them with its survivors refitted.
+r"""What zeros in a pattern cost: magnitude, Wanda, SparseGPT, DaSS, ALPS, and any of them refitted.
 
     python benchmarks/sparsity.py                                       # a quick look: 2:4 of the MLPs, one seed
     python benchmarks/sparsity.py --row "mine=wanda|hardware|reconstruct"
@@ -59,7 +59,8 @@ ROWS = (
     "DaSS, paper's layout + refit=dass|paper|least-squares",
     "Wanda + refit=wanda|hardware|least-squares",
     "SparseGPT + refit=sparsegpt|hardware|least-squares",
-    "SparseGPT + reconstruction=sparsegpt|hardware|reconstruct",
+    "ALPS=alps|hardware|none",
+    "ALPS + reconstruction (default)=alps|hardware|reconstruct",
 )
 """The rows of the full table."""
 
