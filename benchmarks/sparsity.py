@@ -347,12 +347,13 @@ def _cells(
 def _notes(bench: Bench) -> tuple[str, ...]:
     args = bench.args
     windows = "all" if args.windows is None else args.windows
+    lambada = "" if args.lambada == 0 else f"; LAMBADA: first {args.lambada or 'all'}"
     dense = bench.measure(None) or {}
     figures = ", ".join(f"{title} {value:.4g}" for title, value in dense.items())
     return (
         f"Dense is {bench.source.description}: {figures}.",
         f"Perplexity: WikiText-2 {args.split}, rows joined by a blank line, {windows} windows of {args.window or 1024} "
-        f"tokens; LAMBADA: first {args.lambada or 'all'}. Judged in {dtype_name(bench.eval_dtype)}.",
+        f"tokens{lambada}. Judged in {dtype_name(bench.eval_dtype)}.",
         f"Calibration: {args.calibration_sequences} x {args.calibration_tokens} tokens of {bench.text.name}, seeds "
         f"{', '.join(map(str, args.seeds))}; in brackets: largest minus smallest of the seeds.",
     )

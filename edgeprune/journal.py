@@ -16,7 +16,7 @@ read and written in slices. It counts for something only once the entry of the s
 The folder belongs to one fingerprint (model, settings, calibration, version, number of processes). Unfinished work
 with another fingerprint is discarded, which is said. A lock keeps a second run with the same output out. The folder
 goes when the run succeeds, and when it ends with an error that another command has to mend; it stays after a kill, an
-interrupt, a crash, or a full disk.
+interrupt, a crash, a full disk, or a gate that said no.
 
 Without a folder a journal remembers in memory: the same code serves callers that want no files.
 """
@@ -37,7 +37,7 @@ import torch
 from safetensors import safe_open
 
 from edgeprune.weights import SafetensorsWriter, TensorHeader, bytes_of, read_tensor
-from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.errors import EdgepruneError, GateError
 
 FINGERPRINT_FILE = "journal.json"
 LOCK_FILE = "lock"
@@ -167,8 +167,9 @@ def open_journal(out: Path, fingerprint: Mapping[str, Any], *, rank: int = 0) ->
             with _full_disk_is_said(folder):
                 yield journal
         except EdgepruneError as error:
-            # Another command has to mend it, and that has another fingerprint; after a full disk the same one goes on.
-            if not isinstance(error.__cause__, OSError):
+            # Another command has to mend it, and that has another fingerprint. After a full disk the same one goes on,
+            # and where a gate said no, one with the same fingerprint may get through, such as with a --precision.
+            if not isinstance(error, GateError) and not isinstance(error.__cause__, OSError):
                 shutil.rmtree(folder)
             raise
         except BaseException:

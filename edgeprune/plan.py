@@ -104,7 +104,7 @@ class PrunePlan:
                 units=units,
                 notes=notes,
                 calibration=CalibrationRecord(**calibration) if calibration else None,
-                sparsity=SparsityRecord(**sparsity) if sparsity else None,
+                sparsity=None if sparsity is None else SparsityRecord(**sparsity),
             )
             _check_types(plan)
             if plan.calibration:

@@ -57,14 +57,13 @@ def refit_survivors(weight: torch.Tensor, sparse: torch.Tensor, moments: Moments
     if moments.held_out_gram is not None:
         rows = torch.linspace(0, len(weight) - 1, min(len(weight), JUDGED_ROWS)).round().long()
         full, start, fitting = weight[rows], sparse[rows], moments.fitting().gram
-        energy = _missed(full, moments.held_out_gram)
-        before = _missed(full - start, moments.held_out_gram) / energy
+        before = _share(full - start, full, moments.held_out_gram)
         trials = ((_solve(full, start, fitting, ridge), ridge) for ridge in RIDGES)
-        missed = ((_missed(full - found, moments.held_out_gram) / energy, ridge) for found, ridge in trials)
+        missed = ((_share(full - found, full, moments.held_out_gram), ridge) for found, ridge in trials)
         after, damping = min(missed)
         is_accepted = after < before
     fitted = _solve(weight, sparse, moments.gram, damping) if is_accepted else sparse
-    error = _missed(weight - fitted, moments.gram) / _missed(weight, moments.gram)
+    error = _share(weight - fitted, weight, moments.gram)
     return fitted, Outcome(damping, is_accepted, before, after, error)
 
 
@@ -94,6 +93,7 @@ def _solve(weight: torch.Tensor, sparse: torch.Tensor, gram: torch.Tensor, dampi
 _TINY = torch.finfo(torch.float32).tiny  # a row that has nothing to mend stays as it is
 
 
-def _missed(weight: torch.Tensor, gram: torch.Tensor) -> float:
-    """Mean square over the tokens of the outputs of a weight, summed; above zero, so that it may be divided by."""
-    return max(float(((weight @ gram) * weight).sum(dtype=torch.float64)), _TINY)
+def _share(lost: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """Share of the energy of a weight's outputs that is in those of what was lost of it; 0 where there is none."""
+    missed, energy = (float(((part @ gram) * part).sum(dtype=torch.float64)) for part in (lost, weight))
+    return max(missed, 0.0) / energy if energy > 0 else 0.0

@@ -1,6 +1,7 @@
 """What `compress` checks before any long work: a wrong value must not come out after minutes."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from edgeprune.cli.options import DEFAULT_WINDOW, OUTPUT_KIND, REPORT_FILE, Options
@@ -13,10 +14,27 @@ if TYPE_CHECKING:
     from edgeprune.streaming import Decoder
     from edgeprune_runtime.text import Text
 
+FLOAT32 = "fp32"
 DTYPES = ("auto", "float32", "bfloat16")
 FLOAT32_BYTES = 4
 SPARE_BYTES = 128 << 20
 """Room for the graphs, tokenizers, golden data and reports beside the weights."""
+
+
+def check_uncut(given: Mapping[str, object]) -> None:
+    """Check that nothing is said of how to cut, where nothing is cut.
+
+    Raises:
+        EdgepruneError: naming the option that would have no effect.
+    """
+    from edgeprune_runtime.errors import EdgepruneError
+
+    for name, value in given.items():
+        if value is not None:
+            raise EdgepruneError(
+                f"--{name.replace('_', '-')} {value} says how to cut, and --ratio 0 cuts nothing; leave it out, or "
+                "give a ratio above 0"
+            )
 
 
 def check_measuring(options: Options) -> None:
@@ -28,6 +46,11 @@ def check_measuring(options: Options) -> None:
     from edgeprune_runtime.bench import MIN_ROUNDS_FOR_VERDICT
     from edgeprune_runtime.errors import EdgepruneError
 
+    if options.checkpoint_only and options.precision != FLOAT32:
+        raise EdgepruneError(
+            f"--precision {options.precision} is of the ONNX bundle, and --checkpoint-only writes none; leave one of "
+            "them out"
+        )
     if options.dtype not in DTYPES:
         raise EdgepruneError(f"unknown dtype {options.dtype!r}; expected {', '.join(DTYPES)}")
     least = {

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune.cli import app
-from edgeprune.cli.checks import check_fits, check_measuring, check_output_folder
+from edgeprune.cli.checks import check_fits, check_measuring, check_output_folder, check_uncut
 from edgeprune.cli.extras import need
 from edgeprune.cli.measuring import hold_gates, judge
 from edgeprune.cli.opening import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from edgeprune.pruning import Settings
     from edgeprune.sources import Source
     from edgeprune.streaming import Decoder
+    from edgeprune_export.quantize import Precision
     from edgeprune_runtime.report import Report
 
 PRUNING, ZEROS, CALIBRATING, MEASURING = "How to prune", "Zeros", "Calibration text", "Checks at the end"
@@ -194,6 +196,13 @@ def compress(
         typer.Option(help="Of the statistics: auto (the fastest here), float32 or bfloat16.", rich_help_panel=PRUNING),
     ] = "auto",
     graph_source: Annotated[str, typer.Option(help="Graph builder: auto, decoder or traced.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Of the pruned bundle: fp32, int8, int4, or several joined by commas; the first is measured, against "
+            "the dense model in float32."
+        ),
+    ] = "fp32",
     eval_text: Annotated[
         Path | None,
         typer.Option(
@@ -280,6 +289,8 @@ def compress(
         "calibration_tokens": calibration_tokens,
         "gradient_sequences": gradient_sequences,
     }
+    if ratio == 0:
+        check_uncut({"method": method, "allocation": allocation, "gradient_sequences": gradient_sequences})
     chosen = chosen_preset(preset, given, widths)
     options = Options(
         output=output or Path(f"{name}-pruned"),
@@ -304,6 +315,7 @@ def compress(
         seed=seed,
         dtype=dtype,
         graph_source=graph_source,
+        precision=precision,
         eval_text=eval_text,
         eval_rows_joined=eval_rows_joined,
         eval_window=eval_window,
@@ -359,7 +371,8 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
     from edgeprune.sources import load_tokenizer, open_source
     from edgeprune.sparsify import sparsify
-    from edgeprune_export.exporting import graph_source_of
+    from edgeprune_export.exporting import check_precisions, graph_source_of
+    from edgeprune_export.quantize import parse_precisions
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import atomic_folder
 
@@ -370,6 +383,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     if options.ratio or sparsity is None:
         settings.check()
         settings.check_sequences(options.calibration_sequences)
+    precisions = parse_precisions(options.precision)
     check_measuring(options)
     memory_bytes = parse_size(options.memory) if options.memory is not None else None
     max_memory_bytes = parse_size(options.max_memory) if options.max_memory is not None else None
@@ -379,6 +393,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     settings.check_for(source.model_type)
     graph_source = graph_source_of(source.model_type, options.graph_source)
     stages = Stages(options.quiet)
+    judged: Report | None = None
 
     with open_journal_of(options, source, settings, sparsity, ranks) as journal:
         with stages.stage("open the model"):
@@ -389,6 +404,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             dtype = find_dtype(options.dtype, journal, ranks)
             footprint = fit_memory(options, settings, sparsity, decoder, dtype, max_memory_bytes)
             decoder.keeps_blocks = footprint.keeps_blocks
+            check_precisions(precisions, graph_source, decoder.config)
             if sparsity is not None:
                 sparsity.check_for(decoder.config, decoder.groups)
             check_fits(options, decoder, tokenizer, text, footprint, journal)
@@ -468,13 +484,15 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                     report = with_zeros(report, saved.zeros, "the checkpoint")
                     # the exports load what they need; all of it at once would be too much for a small machine
                     del decoder, stats
-                    _export(folder, dense, source, graph_source, stages)
+                    _export(folder, dense, source, graph_source, precisions, stages)
                     report = judge(options, folder, plan, report, text or held_out, memory_bytes, stages)
                 _show(report, as_json=options.as_json, is_last=True, shown=short(report))
                 _say_next(options)
-                hold_gates(options, report)
+                judged = report
         if ranks.size > 1:
             ranks.meet()  # the others have waited for this
+    if judged is not None:
+        hold_gates(options, judged)
 
 
 def _check_form(options: Options, saved: "SavedCheckpoint") -> None:
@@ -483,7 +501,14 @@ def _check_form(options: Options, saved: "SavedCheckpoint") -> None:
         raise RuntimeError(f"--widths uniform gave no stock config: {'; '.join(saved.notes)}")
 
 
-def _export(folder: Path, dense: Path, source: "Source", graph_source: str, stages: "Stages") -> None:
+def _export(
+    folder: Path,
+    dense: Path,
+    source: "Source",
+    graph_source: str,
+    precisions: "Sequence[Precision]",
+    stages: "Stages",
+) -> None:
     """The ONNX bundles of the pruned checkpoint, and of the dense model to compare with."""
     from edgeprune_export.exporting import export
 
@@ -495,6 +520,7 @@ def _export(folder: Path, dense: Path, source: "Source", graph_source: str, stag
             folder / BUNDLE,
             graph_source=graph_source,
             name=f"{source.name} (pruned)",
+            precisions=precisions,
             progress=step,
         )
     for note in manifest.notes:

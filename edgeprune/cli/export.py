@@ -25,6 +25,29 @@ def export(
     graph_source: Annotated[
         str, typer.Option(help="auto, decoder (fused operators, fast) or traced (standard operators).")
     ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(help="fp32, int8, int4, or several joined by commas: a variant for each, the default one first."),
+    ] = "fp32",
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Inputs that share a scale, of int8 and int4; default: 32.", show_default=False),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Whether the middle of the range is zero in every block; default: int8 yes, int4 no.",
+            show_default=False,
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            help="Of products with int8 and int4: 0 in float32, 4 with inputs rounded to 8 bits; default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What to call the model; default: from the checkpoint.", show_default=False)
     ] = None,
@@ -43,8 +66,13 @@ def export(
     from edgeprune.configs import load_config
     from edgeprune_export.exporting import check_bundle, graph_source_of
     from edgeprune_export.exporting import export as write_bundle
+    from edgeprune_export.quantize import parse_precisions
+    from edgeprune_runtime.errors import GateError
     from edgeprune_runtime.text import read_text
 
+    precisions = parse_precisions(
+        precision, block_size=block_size, is_symmetric=symmetric, accuracy_level=accuracy_level
+    )
     check_bundle(output, force=force)
     graph_source_of(load_config(checkpoint).model_type, graph_source)
     texts = None if text is None else [read_text(text).text]
@@ -54,12 +82,23 @@ def export(
             name = name or checkpoint.resolve().name
         with stages.stage("export to ONNX and check it against torch") as step:
             manifest = write_bundle(
-                folder, output, graph_source=graph_source, force=force, name=name, texts=texts, progress=step
+                folder,
+                output,
+                graph_source=graph_source,
+                force=force,
+                name=name,
+                texts=texts,
+                precisions=precisions,
+                progress=step,
             )
     if not quiet:
         _say(output, manifest)
     if as_json:
         typer.echo(json.dumps({"bundle": str(output), **manifest.to_json()}))
+    if left_out := [each.name for each in precisions if each.name not in manifest.variants]:
+        raise GateError(
+            f"{output} was written without {', '.join(left_out)}, whose weights lose too much; see its notes"
+        )
 
 
 @contextmanager
@@ -85,20 +124,35 @@ def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Pa
 
 
 def _say(output: Path, manifest: "Manifest") -> None:
-    variant = manifest.variants[manifest.default_variant]
+    from edgeprune_export.sparsity_check import found_zeros
+
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
     widths = len(set(manifest.layers))
     layers = "all alike" if widths == 1 else f"{widths} different widths"
     typer.echo(
         f"wrote {output}: {manifest.parameters.all:,} parameters in {len(manifest.layers)} layers ({layers}), "
-        f"{size_bytes / 1e6:,.0f} MB, {variant.graph_source} graph",
+        f"{size_bytes / 1e6:,.0f} MB, {next(iter(manifest.variants.values())).graph_source} graph",
         err=True,
     )
-    typer.echo(
-        f"equals torch: largest difference of a logit {variant.parity['max_abs_error']:.1e} "
-        f"over {variant.parity['positions']} positions",
-        err=True,
-    )
+    for name, variant in manifest.variants.items():
+        own_bytes = sum(manifest.files[file].size_bytes for file in (variant.graph, *variant.data))
+        typer.echo(
+            f"{name}, {own_bytes / 1e6:,.1f} MB, equals torch: largest difference of a logit "
+            f"{variant.parity['max_abs_error']:.1e} over {variant.parity['positions']} positions",
+            err=True,
+        )
+        if lost := variant.fidelity:
+            typer.echo(
+                f"  against float32: {lost['perplexity_ratio']:.3f} times the perplexity, the same likeliest token at "
+                f"{lost['argmax_agreement']:.1%} of {lost['positions']} positions, KL {lost['mean_kl']:.3g}",
+                err=True,
+            )
+    if (zeros := found_zeros(manifest)) is not None:
+        typer.echo(
+            f"zeros in the graph: {zeros.sparsity:.2%} of {zeros.weights:,} weights, at least "
+            f"{zeros.expected_sparsity:.2%} expected",
+            err=True,
+        )
     for note in manifest.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(f'next: edgeprune run {output} --prompt "..."   or   edgeprune bench {output}', err=True)

@@ -32,14 +32,21 @@ def judge(
     from edgeprune.cli.verdict import Gates, verdict_report, with_zeros
     from edgeprune_export.sparsity_check import found_zeros
     from edgeprune_runtime.bundle import open_bundle
+    from edgeprune_runtime.report import Verdict
 
     with stages.counted("perplexity through ONNX Runtime") as advance:
         perplexities = _perplexities(options, [folder / DENSE, folder / BUNDLE], text, advance)
     with stages.counted("latency and memory, in turns") as advance:
         measured, fits = _measure(options, folder / DENSE, folder / BUNDLE, memory_bytes, advance)
+    manifest = open_bundle(folder / BUNDLE).manifest
+    fits += [
+        Verdict(f"{name} is not in the bundle: its rounded weights lose too much", passed=False)
+        for name in options.precision.replace(" ", "").split(",")
+        if name not in manifest.variants
+    ]
     compressed = None
     if plan.sparsity is not None:
-        planned = with_zeros(planned, found_zeros(open_bundle(folder / BUNDLE)), "the ONNX graph")
+        planned = with_zeros(planned, found_zeros(manifest), "the ONNX graph")
         with stages.stage("size of the compressed bundles"):
             compressed = _compressed_bytes(folder / DENSE), _compressed_bytes(folder / BUNDLE)
     if not options.keep_dense:

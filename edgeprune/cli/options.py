@@ -44,6 +44,7 @@ class Options:
     seed: int
     dtype: str
     graph_source: str
+    precision: str
     eval_text: Path | None
     eval_rows_joined: bool
     eval_window: int | None

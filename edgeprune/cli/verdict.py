@@ -97,7 +97,7 @@ def _zeros_table(sparsity: SparsityRecord) -> Table:
     along = {"in": "inputs", "out": "outputs"}
     return Table(
         ZEROS_TABLE,
-        ("Linears", "count", "pattern", "blocks lie along" if pattern.block_m else "ranked along", "zeros, at least"),
+        ("Linears", "count", "pattern", "blocks lie along" if pattern.block_m else "ranked along", "zeros"),
         tuple(
             (kind, count, sparsity.pattern, along[side], f"{pattern.sparsity:.1%}")
             for (kind, side), count in kinds.items()
@@ -197,6 +197,7 @@ def verdict_report(
     a, b = perplexities
     size = format_bytes(measured.memory_bytes) if measured.memory_bytes else ""
     limit = f", memory limit {size} ({measured.enforcement})" if size else ""
+    variant = "" if last.variant == "fp32" else f"; pruned is the variant {last.variant}, dense is fp32"
     table = Table(
         "Dense against pruned, both through ONNX Runtime",
         ("", "dense", "pruned", "pruned / dense"),
@@ -212,7 +213,7 @@ def verdict_report(
             f"perplexity: {text}; {a.joining}; {a.windows} x {a.window_tokens} tokens, {a.scored_tokens} scored",
             f"latency: prompt {measured.prompt_tokens}, generate {measured.generate_tokens} tokens, {measured.threads} "
             f"threads, provider {measured.provider}, {len(last.rounds)} rounds in turns, each a "
-            f"fresh process" + limit,
+            f"fresh process" + limit + variant,
         ),
     )
     timing = Table(

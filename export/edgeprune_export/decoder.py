@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 from edgeprune.groups import LayerWidths
 from edgeprune_export import interface
 from edgeprune_export.external_data import ExternalData
-from edgeprune_export.graph_writer import MICROSOFT, Attributes, GraphWriter
+from edgeprune_export.graph_writer import MICROSOFT, Attributes, GraphWriter, Table
 from edgeprune_export.positions import layer_kind, rotary_tables, uses_rope, window_of
+from edgeprune_export.quantize import FLOAT32, Precision
 from edgeprune_export.weights import Array, Weights
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -114,18 +115,23 @@ class _Rotary:
     rotary_dim: int
 
 
-def build(weights: Weights, data: ExternalData, on_layer: Callable[[float], None] = lambda share: None) -> ir.Model:
+def build(
+    weights: Weights,
+    data: ExternalData,
+    on_layer: Callable[[float], None] = lambda share: None,
+    precision: Precision = FLOAT32,
+) -> ir.Model:
     """The graph of a checkpoint; its weights are appended to `data` on the way, and `on_layer` hears the share done.
 
     Raises:
         EdgepruneError: if the model has something these operators cannot express.
     """
-    return _Builder(weights, data).build(on_layer)
+    return _Builder(weights, data, precision).build(on_layer)
 
 
 class _Builder(GraphWriter):
-    def __init__(self, weights: Weights, data: ExternalData) -> None:
-        super().__init__(weights, data)
+    def __init__(self, weights: Weights, data: ExternalData, precision: Precision) -> None:
+        super().__init__(weights, data, precision)
         self._config: Any = weights.config
         self._traits = _Traits.of(weights.model)
         self._widths = weights.layer_widths()
@@ -133,8 +139,7 @@ class _Builder(GraphWriter):
     def build(self, on_layer: Callable[[float], None]) -> ir.Model:
         ids, mask = self.input(*interface.INPUT_IDS), self.input(*interface.ATTENTION_MASK)
         shared = self._shared(ids, mask)
-        embedding = self.initializer("model.embed_tokens.weight", self.weights.read("model.embed_tokens.weight"))
-        residual = self.op("Gather", [embedding, ids], "model.embed_tokens")
+        residual, embedding = self.lookup(ids, "model.embed_tokens")
         if self._traits.embedding_scale != 1.0:
             scale = self.constant("embedding_scale", np.array(self._traits.embedding_scale, np.float32))
             residual = self.op("Mul", [residual, scale], "model.embed_tokens/scaled")
@@ -356,14 +361,9 @@ class _Builder(GraphWriter):
         weight: Array = self.weights.read(f"{name}.weight")
         return self.initializer(f"{name}.weight", weight + np.float32(self._traits.norm_offset))
 
-    def _lm_head(self, x: ir.Value, embedding: ir.Value) -> ir.Value:
+    def _lm_head(self, x: ir.Value, embedding: Table) -> ir.Value:
         if self._config.tie_word_embeddings:
-            # Listed among the graph's inputs, an initializer counts as one that a caller may override (sessions do not
-            # show it as an input). So ONNX Runtime uses the table where it lies, mapped from the file, for both
-            # readers. As a constant it would be packed into a second copy for the product: that is a tenth faster for
-            # one token, and a whole table more of memory, which is what a small device has least of.
-            self.graph.inputs.append(embedding)
-            logits = self.op("FusedMatMul", [x, embedding], "lm_head", {"transB": 1}, domain=MICROSOFT)
+            logits = self.times_table(x, embedding, "lm_head")
         else:
             logits = self.linear(x, "lm_head")
         if self._traits.logit_softcap is None:

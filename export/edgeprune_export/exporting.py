@@ -21,11 +21,13 @@ from edgeprune.shrink import LinearShape, linear_of
 from edgeprune.weights import read_json
 from edgeprune_export import decoder, traced
 from edgeprune_export.external_data import ExternalData
+from edgeprune_export.fidelity import FidelityError, check_fidelity
 from edgeprune_export.genai import genai_config
 from edgeprune_export.golden import golden_cases
 from edgeprune_export.graph_check import check_graph
-from edgeprune_export.parity import DEFAULT_TOLERANCE, ParityResult, check_parity
+from edgeprune_export.parity import check_parity
 from edgeprune_export.positions import check_causal, check_rope, context_note, context_tokens
+from edgeprune_export.quantize import BLOCK_SIZES, FLOAT32, Precision, round_weights
 from edgeprune_export.sample_text import DEFAULT_TEXT, tokenize
 from edgeprune_export.sparsity_check import check_zeros
 from edgeprune_export.weights import Weights
@@ -34,7 +36,6 @@ from edgeprune_runtime.bundle import (
     CONFIG_FILE,
     GENAI_CONFIG_FILE,
     GENERATION_CONFIG_FILE,
-    GOLDEN_FILE,
     MANIFEST_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -47,9 +48,10 @@ from edgeprune_runtime.bundle import (
     Parameters,
     Variant,
     data_file,
+    golden_file,
     graph_file,
 )
-from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import save_golden
 from edgeprune_runtime.output import atomic_folder, check_output, check_space
 
@@ -58,7 +60,6 @@ Progress = Callable[[str, float], None]
 
 GRAPH_SOURCES = ("auto", "decoder", "traced")
 STAGES = ("graph", "parity", "golden", "manifest")
-VARIANT = "fp32"
 BUNDLE_KIND = "a bundle"
 
 REQUIRED_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
@@ -85,7 +86,7 @@ def export(
     force: bool = False,
     name: str | None = None,
     texts: Sequence[str] | None = None,
-    tolerance: float = DEFAULT_TOLERANCE,
+    precisions: Sequence[Precision] = (FLOAT32,),
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the bundle of a checkpoint folder and return its manifest.
@@ -97,11 +98,13 @@ def export(
         force: Replace a bundle that stands at `out`.
         name: What to call the model; None takes it from the plan or the folder.
         texts: Real text for parity and golden data; None takes a few built-in paragraphs.
-        tolerance: Largest absolute error of a logit against the torch model.
+        precisions: One variant for each, the default one first. One whose weights are rounded is compared with a torch
+            model of the same weights, and with the float32 model. Of several, one whose weights lose too much by that
+            is left out, which the manifest's notes say.
         progress: Hears how far each of `STAGES` is.
 
     Raises:
-        GateError: if the graph does not compute what the torch model computes.
+        GateError: if the graph does not compute what the torch model computes, or no variant is good enough.
         EdgepruneError: if the checkpoint or the output folder cannot be used; nothing is left behind then.
     """
     report = progress or (lambda stage, share: None)
@@ -111,6 +114,7 @@ def export(
     source = graph_source_of(config.model_type, graph_source)
     check_causal(config)
     check_rope(config)
+    check_precisions(precisions, source, config)
     for file in REQUIRED_FILES:
         if not (checkpoint / file).is_file():
             raise EdgepruneError(f"{checkpoint} has no {file}; a bundle needs the tokenizer, save it into this folder")
@@ -118,14 +122,33 @@ def export(
         _check_inside(checkpoint, file)
     weights = Weights(checkpoint)
     parameters = Parameters(*weights.count_parameters())
-    check_space(out, 4 * parameters.all + SPARE_BYTES)
+    check_space(out, sum(precision.bits for precision in precisions) * parameters.all // 8 + SPARE_BYTES)
     with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder:
         plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
-        record, zeros = _write_graph(folder, checkpoint, weights, source, plan, report)
-        parity = _write_proof(folder, checkpoint, texts or (DEFAULT_TEXT,), tolerance, report)
-        manifest = replace(_manifest(checkpoint, weights, parameters, source, parity, plan, name), results=zeros)
+        failed: list[str] = []
+        records: dict[str, FileRecord] = {}
+        variants: dict[str, Variant] = {}
+        found: dict[str, Any] = {}
+        for precision in precisions:
+
+            def told(stage: str, share: float, name: str = precision.name) -> None:
+                report(stage if len(precisions) == 1 else f"{name}, {stage}", share)
+
+            record, found = _write_graph(folder, checkpoint, weights, source, precision, plan, told)
+            try:
+                variants[precision.name] = _prove(folder, checkpoint, source, precision, texts or (DEFAULT_TEXT,), told)
+            except FidelityError as error:
+                failed.append(str(error))
+                for file in (graph_file(precision.name), data_file(precision.name)):
+                    (folder / file).unlink()
+            else:
+                records[data_file(precision.name)] = record
+        if not variants:
+            raise GateError("; ".join(failed))
+        manifest = replace(_manifest(checkpoint, weights, parameters, variants, plan, name), results=found)
+        manifest = replace(manifest, notes=(*manifest.notes, *(f"not written: {reason}" for reason in failed)))
         _write_files(folder, checkpoint, config, manifest)
-        return _sealed(folder, manifest, {data_file(VARIANT): record}, report)
+        return _sealed(folder, manifest, records, report)
 
 
 def check_bundle(out: Path, *, force: bool) -> None:
@@ -155,6 +178,28 @@ def graph_source_of(model_type: str, wanted: str = "auto") -> GraphSource:
     return "decoder"
 
 
+def check_precisions(precisions: Sequence[Precision], source: GraphSource, config: PreTrainedConfig) -> None:
+    """Check that a model's graph can have these precisions; call it before any long work.
+
+    Raises:
+        EdgepruneError: naming the one that it cannot have.
+    """
+    for precision in precisions:
+        if not precision.is_quantised:
+            continue
+        if source != "decoder":
+            raise EdgepruneError(
+                f"precision {precision.name} is made by the decoder graph, and {config.model_type} has the traced one; "
+                "expected --precision fp32"
+            )
+        if config.hidden_size % precision.block_size:
+            raise EdgepruneError(
+                f"--block-size {precision.block_size} does not divide the hidden_size {config.hidden_size}, which "
+                "the embedding is stored in; expected one of "
+                f"{', '.join(str(size) for size in BLOCK_SIZES if config.hidden_size % size == 0) or 'none'}"
+            )
+
+
 def _check_inside(checkpoint: Path, file: str) -> None:
     """Refuse a link out of the checkpoint: its target would be published with the bundle.
 
@@ -174,17 +219,18 @@ def _write_graph(
     checkpoint: Path,
     weights: Weights,
     source: GraphSource,
+    precision: Precision,
     plan: PrunePlan | None,
     report: Progress,
 ) -> tuple[FileRecord, dict[str, Any]]:
-    """Write graph and weights; their record, and what was counted in them."""
+    """Write graph and weights of a variant; their record, and what was counted in them."""
     found: dict[str, Any] = {}
-    graph = folder / graph_file(VARIANT)
-    graph.parent.mkdir()
+    graph = folder / graph_file(precision.name)
+    graph.parent.mkdir(exist_ok=True)
     report("graph", 0.0)
-    with ExternalData(folder / data_file(VARIANT)) as data:
+    with ExternalData(folder / data_file(precision.name)) as data:
         if source == "decoder":
-            model = decoder.build(weights, data, on_layer=lambda share: report("graph", share))
+            model = decoder.build(weights, data, lambda share: report("graph", share), precision)
         else:
             model = traced.build(load_pruned(checkpoint), weights.layer_widths(), data)
         check_graph(model, weights)
@@ -197,33 +243,51 @@ def _write_graph(
     return FileRecord(data.sha256, data.size_bytes), found
 
 
-def _write_proof(
-    folder: Path, checkpoint: Path, texts: Sequence[str], tolerance: float, report: Progress
-) -> ParityResult:
+def _prove(
+    folder: Path,
+    checkpoint: Path,
+    source: GraphSource,
+    precision: Precision,
+    texts: Sequence[str],
+    report: Progress,
+) -> Variant:
+    """Hold a variant's graph against its torch model, and write what a device will hold it against.
+
+    Raises:
+        GateError: if it computes something else, or its rounded weights are not good enough.
+    """
     tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER_FILE))
     tokenizer.no_truncation()
     sequences = tokenize(tokenizer, texts)
+    graph = folder / graph_file(precision.name)
     report("parity", 0.0)
     model = load_pruned(checkpoint)
+    fidelity = {}
+    if precision.is_quantised:
+        fidelity = check_fidelity(model, graph, sequences, precision).to_dict()
+        round_weights(model, precision)
     parity = check_parity(
-        model,
-        folder / graph_file(VARIANT),
-        sequences,
-        tolerance=tolerance,
-        on_check=lambda share: report("parity", share),
+        model, graph, sequences, tolerance=precision.tolerance, on_check=lambda share: report("parity", share)
     )
     report("golden", 0.0)
-    save_golden(folder / GOLDEN_FILE, golden_cases(model, sequences))
+    save_golden(folder / golden_file(precision.name), golden_cases(model, sequences))
     report("golden", 1.0)
-    return parity
+    return Variant(
+        graph=graph_file(precision.name),
+        data=(data_file(precision.name),),
+        graph_source=source,
+        tolerance=parity.tolerance,
+        parity=cast("Mapping[str, Any]", parity.to_dict()),
+        fidelity=cast("Mapping[str, Any]", fidelity),
+        golden=golden_file(precision.name),
+    )
 
 
 def _manifest(
     checkpoint: Path,
     weights: Weights,
     parameters: Parameters,
-    source: GraphSource,
-    parity: ParityResult,
+    variants: Mapping[str, Variant],
     plan: PrunePlan | None,
     name: str | None,
 ) -> Manifest:
@@ -233,16 +297,8 @@ def _manifest(
     return Manifest(
         edgeprune_version=edgeprune_runtime.__version__,
         model=ModelInfo(name or Path(origin).name, config.model_type, origin),
-        default_variant=VARIANT,
-        variants={
-            VARIANT: Variant(
-                graph=graph_file(VARIANT),
-                data=(data_file(VARIANT),),
-                graph_source=source,
-                tolerance=parity.tolerance,
-                parity=cast("Mapping[str, Any]", parity.to_dict()),
-            )
-        },
+        default_variant=next(iter(variants)),
+        variants=variants,
         layers=tuple(
             Layer(width.heads, width.kv_heads, width.head_dim, width.channels) for width in weights.layer_widths()
         ),
@@ -255,6 +311,7 @@ def _manifest(
         padding="both",
         parameters=parameters,
         files={},
+        golden=golden_file(next(iter(variants))),
         versions={"python": platform.python_version(), **{package: version(package) for package in VERSIONED}},
         plan=plan.summary() if plan else None,
         notes=() if (note := context_note(config)) is None else (note,),
@@ -291,14 +348,14 @@ def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manif
         "architectures": [architecture(config.model_type).BASE],
         "head_dim": max(layer.head_dim for layer in manifest.layers),
         "transformers.js_config": {
-            "dtype": "fp32",
-            "use_external_data_format": {Path(graph_file(VARIANT)).name: 1},
+            "dtype": manifest.default_variant,
+            "use_external_data_format": {Path(variant.graph).name: 1 for variant in manifest.variants.values()},
         },
     }
     _write_json(folder / CONFIG_FILE, data)
     if not (folder / GENERATION_CONFIG_FILE).exists():
         _write_json(folder / GENERATION_CONFIG_FILE, _special_tokens(checkpoint, config))
-    _write_json(folder / GENAI_CONFIG_FILE, genai_config(manifest))
+    _write_json(folder / GENAI_CONFIG_FILE, genai_config(manifest, variant=manifest.default_variant))
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

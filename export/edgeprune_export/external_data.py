@@ -43,6 +43,18 @@ class ExternalData:
         """SHA-256 of the bytes written so far, as hexadecimal digits."""
         return self._sha256.hexdigest()
 
+    def again(self, tensor: ir.ExternalTensor, name: str, shape: tuple[int, ...]) -> ir.ExternalTensor:
+        """The bytes of an array that was added, under another name and of another shape."""
+        return ir.ExternalTensor(
+            location=tensor.location,
+            offset=tensor.offset,
+            length=tensor.length,
+            dtype=tensor.dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=self.path.parent,
+        )
+
     def add(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
         """Append one array, aligned, and return the tensor that points at it."""
         alignment = GRANULARITY_BYTES if array.nbytes >= LARGE_TENSOR_BYTES else PAGE_BYTES

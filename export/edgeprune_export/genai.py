@@ -13,7 +13,7 @@ from edgeprune_runtime.bundle import Manifest, graph_file
 MAX_LENGTH_TOKENS = 4096
 
 
-def genai_config(manifest: Manifest, *, variant: str = "fp32") -> dict[str, Any]:
+def genai_config(manifest: Manifest, *, variant: str) -> dict[str, Any]:
     """The configuration for one variant of a bundle."""
     layers = manifest.layers
     # Only GroupQueryAttention can write new keys into the buffer that holds the old ones.

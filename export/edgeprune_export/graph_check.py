@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from edgeprune.groups import LayerWidths
 from edgeprune_export import interface
+from edgeprune_export.graph_writer import BLOCKS, SCALES
 from edgeprune_export.positions import context_tokens
 from edgeprune_export.weights import Weights
 from edgeprune_runtime.errors import GateError
@@ -35,10 +36,34 @@ def attention_nodes(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _check_parameters(graph: ir.Graph, weights: Weights) -> None:
-    found = sum(prod(_dims(value)) for name, value in graph.initializers.items() if name.endswith(_PARAMETER_ENDINGS))
+    found = sum(
+        prod(_dims(value))
+        for name, value in graph.initializers.items()
+        if name.endswith(_PARAMETER_ENDINGS) and value.dtype == ir.DataType.FLOAT
+    )
+    found += sum(rounded_weights(graph).values())
     expected, _ = weights.count_parameters()
     if found != expected:
         raise GateError(f"the graph holds {found:,} parameters, the checkpoint {expected:,}; it must not be used")
+
+
+def rounded_weights(graph: ir.Graph) -> dict[str, int]:
+    """Name of each initializer that holds rounded weights -> how many weights that are; padding is none."""
+    found: dict[str, int] = {}
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            value, count = node.inputs[1], node.attributes["K"].as_int() * node.attributes["N"].as_int()
+        elif node.op_type == "GatherBlockQuantized":
+            value = node.inputs[0]
+            assert value is not None, "it looks up in something"
+            rows, stored_bytes = _dims(value)
+            count = rows * stored_bytes * 8 // node.attributes["bits"].as_int()
+        else:
+            continue
+        assert value is not None, "a product has two factors"
+        name = (value.name or "").removesuffix(BLOCKS)
+        found[name] = max(found.get(name, 0), count)
+    return found
 
 
 def _check_sizes(graph: ir.Graph, weights: Weights, widths: list[LayerWidths]) -> None:
@@ -62,6 +87,9 @@ def _check_sizes(graph: ir.Graph, weights: Weights, widths: list[LayerWidths]) -
     for name, value in graph.initializers.items():
         place = layer_of(name)
         # Small integers in the graph are sizes, axes and the like; their values are checked by running it.
+        # scales have a size that says how many blocks there are, which no tensor of the checkpoint has
+        if name.endswith(SCALES):
+            continue
         if value.dtype == ir.DataType.FLOAT and not set(_dims(value)) <= (shared if place is None else own[place]):
             where = "the checkpoint" if place is None else f"layer {place} of the checkpoint"
             raise GateError(f"the graph's {name} has the shape {_dims(value)}, which no tensor of {where} has")

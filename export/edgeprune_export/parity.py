@@ -96,7 +96,7 @@ def check_parity(
         GateError: if the graph does not load or run with the model's shapes, or differs from the model.
     """
     comparison = _Comparison(tolerance)
-    runner = _Runner(model, graph, threads)
+    runner = Runner(model, graph, threads)
     length = min(LONG_TOKENS, context_tokens(model.config))
     texts = windows(sequences, count=len(BATCH_LENGTHS), tokens=length)
     try:
@@ -129,7 +129,7 @@ def _judge(graph: Path, result: ParityResult) -> None:
 
 
 def _checks(
-    model: PreTrainedModel, runner: "_Runner", texts: list[list[int]], padding: Padding
+    model: PreTrainedModel, runner: "Runner", texts: list[list[int]], padding: Padding
 ) -> Iterator[tuple[str, Logits, Logits]]:
     """(name, expected (P, V), found (P, V)) of each way of use but greedy decoding."""
     text = texts[0]
@@ -160,7 +160,7 @@ def _checks(
 
 
 def _check_batch(
-    runner: "_Runner", rows: list[list[int]], references: list[Logits], side: Side
+    runner: "Runner", rows: list[list[int]], references: list[Logits], side: Side
 ) -> Iterator[tuple[str, Logits, Logits]]:
     prompts = [row[:-BATCH_DECODE_TOKENS] for row in rows]
     found, state = runner.prefill(prompts, side)
@@ -174,17 +174,13 @@ def _check_batch(
             yield f"decode padded {side}", references[index][place], found[index]
 
 
-def _greedy(model: PreTrainedModel, runner: "_Runner", prompt: list[int], tolerance: float) -> tuple[int, int]:
+def _greedy(model: PreTrainedModel, runner: "Runner", prompt: list[int], tolerance: float) -> tuple[int, int]:
     """Length of the common greedy continuation, and its full length; ends early, and well, at a tie.
 
     The graph decodes; the torch model reads what it wrote in one pass. As long as each token is also torch's best, what
     came before it is torch's own continuation too.
     """
-    found, state = runner.prefill([prompt])
-    chosen: list[int] = []
-    while len(chosen) < GREEDY_TOKENS:
-        chosen.append(int(found[0, -1].argmax()))
-        found, state = runner.step([chosen[-1:]], state)
+    chosen = runner.greedy(prompt, GREEDY_TOKENS)
     rows = logits_of(model, prompt + chosen)[len(prompt) - 1 : -1]
     for step, (token, row) in enumerate(zip(chosen, rows, strict=True)):
         if int(row.argmax()) != token:
@@ -217,7 +213,7 @@ class _Comparison:
         # Both maxima keep a NaN, and the gate fails on it.
         error = np.abs(expected - found).max()
         self._checks[name] = float(np.maximum(error, self._checks.get(name, 0.0)))
-        self._divergences.append(_kl(expected, found))
+        self._divergences.append(kl_divergence(expected, found))
         self.positions += len(expected)
         same = expected.argmax(-1) == found.argmax(-1)
         self._same += int(same.sum())
@@ -240,30 +236,31 @@ class _Comparison:
         )
 
 
-def _kl(expected: Logits, found: Logits) -> NDArray[np.float64]:
+def kl_divergence(expected: Logits, found: Logits) -> NDArray[np.float64]:
     """KL(torch || graph) of the next-token distributions at each position, in nats."""
     values = []
     for start in range(0, len(expected), _KL_ROWS):
-        p, q = (_log_softmax(rows[start : start + _KL_ROWS]) for rows in (expected, found))
+        p, q = (log_softmax(rows[start : start + _KL_ROWS]) for rows in (expected, found))
         values.append((np.exp(p) * (p - q)).sum(-1))
     return np.concatenate(values)
 
 
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+def log_softmax(logits: Logits) -> NDArray[np.float64]:
+    """Logarithms of the probabilities (P, V)."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     normalised: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return normalised
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """What a batch has left behind: which slots are real, (B, slots) int64, and the KV cache."""
 
     mask: Mask
     cache: list[NDArray[np.float32]]
 
 
-class _Runner:
+class Runner:
     """A graph in ONNX Runtime, fed with the shapes that the torch model has (not with those the graph claims)."""
 
     def __init__(self, model: PreTrainedModel, graph: Path, threads: int | None) -> None:
@@ -284,7 +281,8 @@ class _Runner:
                 f"parity of {graph.name} failed: its inputs differ from the contract in {min(difference)!r}"
             )
 
-    def prefill(self, rows: Sequence[Sequence[int]], side: Side = "left") -> tuple[Logits, _State]:
+    def prefill(self, rows: Sequence[Sequence[int]], side: Side = "left") -> tuple[Logits, State]:
+        """Logits (B, T, V) of a batch of prompts, and what they leave behind."""
         width = max(map(len, rows))
         ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
         for index, row in enumerate(rows):
@@ -299,13 +297,23 @@ class _Runner:
         ]
         return self._run(ids, mask, empty)
 
-    def step(self, rows: Sequence[Sequence[int]], state: _State) -> tuple[Logits, _State]:
+    def step(self, rows: Sequence[Sequence[int]], state: State) -> tuple[Logits, State]:
+        """Logits (B, T, V) of the next tokens of a batch, and what they leave behind."""
         ids = np.array(rows, np.int64)
         mask = np.concatenate([state.mask, np.ones_like(ids)], axis=1)
         return self._run(ids, mask, state.cache)
 
-    def _run(self, ids: Mask, mask: Mask, cache: list[NDArray[np.float32]]) -> tuple[Logits, _State]:
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        """The likeliest continuation of a prompt, by cached decoding."""
+        found, state = self.prefill([prompt])
+        chosen: list[int] = []
+        while len(chosen) < tokens:
+            chosen.append(int(found[0, -1].argmax()))
+            found, state = self.step([chosen[-1:]], state)
+        return chosen
+
+    def _run(self, ids: Mask, mask: Mask, cache: list[NDArray[np.float32]]) -> tuple[Logits, State]:
         feeds = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past_names, cache, strict=True))}
         # Only dense tensors come out of these graphs; ONNX Runtime's own type allows for every kind of value.
         logits, *presents = cast("list[Logits]", self._session.run(self._outputs, feeds))
-        return logits, _State(mask, presents)
+        return logits, State(mask, presents)

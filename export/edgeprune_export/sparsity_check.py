@@ -17,7 +17,7 @@ import torch
 
 from edgeprune.patterns import Found, check_pattern
 from edgeprune.plan import SparsityRecord
-from edgeprune_runtime.bundle import ZEROS, Bundle
+from edgeprune_runtime.bundle import ZEROS, Manifest
 from edgeprune_runtime.errors import GateError
 from edgeprune_runtime.untrusted import Fields
 
@@ -59,9 +59,9 @@ def check_zeros(graph: ir.Graph, record: SparsityRecord, outputs: Mapping[str, i
     return check_pattern(record, read, "the graph")
 
 
-def found_zeros(bundle: Bundle) -> Found | None:
+def found_zeros(manifest: Manifest) -> Found | None:
     """What `check_zeros` counted when a bundle was written; None if its model is not sparse."""
-    counted = bundle.manifest.results.get(ZEROS)
+    counted = manifest.results.get(ZEROS)
     if counted is None:
         return None
     fields = Fields.nested(ZEROS, counted)
@@ -123,6 +123,8 @@ def _nonzero_of_bits(node: ir.Node) -> torch.Tensor:
     blocks = -(-inputs // block)
     values = _unpacked(_constant(stored).reshape(outputs, -1), bits).reshape(outputs, blocks, block)
     middle = _given(node, 3, 1 << (bits - 1))
+    if middle.is_floating_point():  # one number for each block
+        return (values != middle.reshape(outputs, blocks, 1)).reshape(outputs, -1)[:, :inputs]
     zero_points = _unpacked(middle.reshape(outputs, -1), bits)[:, :blocks, None] if middle.numel() > 1 else middle
     return (values != zero_points).reshape(outputs, -1)[:, :inputs]
 

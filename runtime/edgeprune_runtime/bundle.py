@@ -50,6 +50,11 @@ def graph_file(variant: str) -> str:
     return "onnx/model.onnx" if variant == "fp32" else f"onnx/model_{variant}.onnx"
 
 
+def golden_file(variant: str) -> str:
+    """Relative path of a variant's golden sequences: `golden.npz` for fp32."""
+    return GOLDEN_FILE if variant == "fp32" else f"golden_{variant}.npz"
+
+
 def data_file(variant: str) -> str:
     """Relative path of a variant's external data, named as transformers.js expects it."""
     return f"{graph_file(variant)}_data"
@@ -79,7 +84,9 @@ class Variant:
     """One graph of the bundle.
 
     `tolerance` is the largest absolute error of a logit against the torch model that counts as equal; `parity` holds
-    what was measured when the bundle was written.
+    what was measured when the bundle was written. That model has the variant's own weights, rounded ones included;
+    `fidelity` holds how far these are from the float32 model, empty where nothing is rounded. `golden` are the
+    variant's own token sequences with logits; None for those of the bundle.
     """
 
     graph: str
@@ -87,6 +94,8 @@ class Variant:
     graph_source: GraphSource
     tolerance: float
     parity: Mapping[str, Json] = field(default_factory=dict)
+    fidelity: Mapping[str, Json] = field(default_factory=dict)
+    golden: str | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +237,7 @@ class Manifest:
             )
         needed = {self.golden}
         for variant in self.variants.values():
-            needed |= {variant.graph, *variant.data}
+            needed |= {variant.graph, *variant.data} | ({variant.golden} if variant.golden else set())
         if missing := sorted(needed - self.files.keys()):
             raise EdgepruneError(f"{where}.files does not list {missing[0]!r}; make the bundle again")
 
@@ -245,6 +254,11 @@ class Bundle:
     def variant(self) -> Variant:
         """The chosen variant."""
         return self.manifest.variants[self.variant_name]
+
+    @property
+    def golden(self) -> str:
+        """Relative path of the token sequences that the chosen variant is held against."""
+        return self.variant.golden or self.manifest.golden
 
     @property
     def graph_path(self) -> Path:
@@ -324,6 +338,8 @@ def _variant(fields: Fields) -> Variant:
         graph_source=cast("GraphSource", fields.text("graph_source", one_of=("decoder", "traced"))),
         tolerance=fields.number("tolerance", low=0.0),
         parity=fields.mapping("parity"),
+        fidelity=fields.mapping("fidelity") if "fidelity" in fields.values else {},
+        golden=None if fields.values.get("golden") is None else fields.path("golden"),
     )
 
 

@@ -49,7 +49,7 @@ def load_golden(bundle: Bundle) -> list[GoldenCase]:
     Raises:
         EdgepruneError: if the file is broken, or a case does not fit the bundle's vocabulary or itself.
     """
-    path = bundle.file(bundle.manifest.golden)
+    path = bundle.file(bundle.golden)
     try:
         with zipfile.ZipFile(path) as archive:
             names = {Path(info.filename).stem: info for info in archive.infolist()}

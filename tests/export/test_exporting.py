@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from edgeprune.checkpoint import load_pruned
 from edgeprune.cli import app
-from edgeprune_export import exporting
+from edgeprune_export import exporting, quantize
 from edgeprune_export.exporting import export
 from edgeprune_export.reference import continue_greedily
 from edgeprune_runtime.bundle import GENAI_CONFIG_FILE, MANIFEST_FILE, open_bundle
@@ -98,12 +98,15 @@ def test_force_replaces_nothing_but_a_bundle(checkpoint: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
-def test_failed_gate_writes_nothing_and_keeps_the_old_bundle(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+def test_failed_gate_writes_nothing_and_keeps_the_old_bundle(
+    checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "FLOAT_TOLERANCE", 1e-9)
     out = tmp_path / "bundle"
     shutil.copytree(bundle, out)
     before = (out / MANIFEST_FILE).read_bytes()
     with pytest.raises(GateError):
-        export(checkpoint, out, force=True, tolerance=1e-9)
+        export(checkpoint, out, force=True)
     assert (out / MANIFEST_FILE).read_bytes() == before
     assert names_beside(out) == {"bundle"}
 

@@ -83,7 +83,7 @@ def holds_the_zeros_of(model: Any, saved: SavedCheckpoint, bundle: Path, sparsit
     assert opened.variant.graph_source == source
     assert manifest.results["zeros"] == asdict(saved.zeros)
     assert opened.is_sparse
-    assert found_zeros(opened) == saved.zeros
+    assert found_zeros(opened.manifest) == saved.zeros
     assert check_zeros(ir.load(opened.graph_path).graph, *record_of(model, sparsity)) == saved.zeros
 
 
@@ -162,7 +162,7 @@ def test_dense_bundle_has_no_zeros_to_tell_of(tmp_path: Path) -> None:
     manifest = export(tmp_path / "model", tmp_path / "bundle")
     assert "zeros" not in manifest.results
     assert not open_bundle(tmp_path / "bundle").is_sparse
-    assert found_zeros(open_bundle(tmp_path / "bundle")) is None
+    assert found_zeros(open_bundle(tmp_path / "bundle").manifest) is None
 
 
 @pytest.mark.parametrize("damage", [7, {"weights": 1}, {"weights": -1, "nonzeros": 0, "allowed": 0, "broken": 0}])
@@ -170,7 +170,7 @@ def test_counts_that_a_stranger_wrote_are_checked(sparse: tuple[Any, SavedCheckp
     bundle = open_bundle(sparse[2])
     damaged = replace(bundle, manifest=replace(bundle.manifest, results={"zeros": damage}))
     with pytest.raises(EdgepruneError, match="zeros"):
-        found_zeros(damaged)
+        found_zeros(damaged.manifest)
 
 
 def changed(graph: ir.Graph, weight: str, row: int, column: int) -> None:

@@ -1,0 +1,107 @@
+"""Rounded variants from the command line: what is written, measured and said, and what is refused in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from commandline import Outcome, invoke, save_toy
+
+from edgeprune.journal import work_folder
+from edgeprune_export import quantize
+from edgeprune_runtime.bundle import open_bundle
+
+SMALL = (
+    *("--preset", "fast", "--align", 4, "--min-channels", 4, "--dtype", "float32", "--threads", 1),
+    *("--calibration-sequences", 8, "--calibration-tokens", 32, "--eval-windows", 2),
+    *("--rounds", 1, "--prompt-tokens", 8, "--generate-tokens", 4),
+)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose hidden size holds whole blocks. Read only."""
+    return save_toy(tmp_path_factory.mktemp("models") / "wide", hidden_size=96)
+
+
+def refused(outcome: Outcome, message: str) -> None:
+    assert (outcome.code, outcome.out) == (2, ""), outcome.err
+    assert outcome.err.count("\n") == 1
+    assert message in outcome.err
+
+
+def test_export_writes_a_variant_for_each_precision(wide: Path, tmp_path: Path) -> None:
+    done = invoke("export", wide, "-o", tmp_path / "bundle", "--precision", "int8,fp32", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out.splitlines()[-1])["default_variant"] == "int8"
+    assert "int8, " in done.err
+    assert "times the perplexity, the same likeliest token at" in done.err
+    for variant in ("int8", "fp32"):
+        checked = invoke("validate", tmp_path / "bundle", "--variant", variant, "--threads", 1)
+        assert checked.code == 0, checked.err
+
+
+def test_compress_measures_the_first_precision_against_dense(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke("compress", wide, "-c", text_file, "-o", out, *SMALL, "--precision", "int8")
+    assert done.code == 0, done.err
+    report = json.loads((out / "report.json").read_text())
+    assert [side["variant"] for side in report["data"]["bench"]["sides"]] == ["fp32", "int8"]
+    assert "pruned is the variant int8, dense is fp32" in (out / "report.md").read_text()
+    assert list(open_bundle(out / "bundle").manifest.variants) == ["int8"]
+
+
+def test_variant_that_loses_too_much_is_left_out_and_said(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopeless = replace(quantize.PRECISIONS["int8"], min_argmax_agreement=1.01)
+    monkeypatch.setitem(quantize.PRECISIONS, "int8", hopeless)
+    done = invoke("export", wide, "-o", tmp_path / "bundle", "--precision", "fp32,int8")
+    assert done.code == 1
+    assert "was written without int8" in done.err
+    assert list(open_bundle(tmp_path / "bundle", verify=True).manifest.variants) == ["fp32"]
+    done = invoke("compress", wide, "-c", text_file, "-o", tmp_path / "out", *SMALL, "--precision", "fp32,int8")
+    assert done.code == 1
+    assert "int8 is not in the bundle: its rounded weights lose too much" in " ".join(done.err.split())
+    assert (tmp_path / "out/report.json").is_file()
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_pruning_is_not_lost_where_no_precision_is_good_enough(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compress", wide, "-c", text_file, "-o", tmp_path / "out", *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setitem(quantize.PRECISIONS, "int8", replace(quantize.PRECISIONS["int8"], min_argmax_agreement=1.01))
+        done = invoke(*command, "--precision", "int8")
+    assert done.code == 1
+    assert "int8 loses too much" in done.err
+    assert work_folder(tmp_path / "out").is_dir()
+    done = invoke(*command, "--precision", "fp32")
+    assert done.code == 0, done.err
+    assert "  continues " in done.err
+    assert not work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--precision", "int5"), "unknown precision 'int5'; expected fp32, int8, int4"),
+        (("--precision", "int8", "--checkpoint-only"), "--checkpoint-only writes none"),
+        (("--precision", "int8", "--graph-source", "traced"), "is made by the decoder graph"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_early(
+    arguments: tuple[str, ...], message: str, wide: Path, text_file: Path, tmp_path: Path
+) -> None:
+    refused(invoke("compress", wide, "-c", text_file, "-o", tmp_path / "out", *SMALL, "--quiet", *arguments), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_block_that_does_not_divide_the_hidden_size_is_refused_with_those_that_do(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    refused(
+        invoke("export", model_folder, "-o", tmp_path / "bundle", "--precision", "int8", "--quiet"),
+        "--block-size 32 does not divide the hidden_size 48, which the embedding is stored in; expected one of 16",
+    )

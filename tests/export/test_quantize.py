@@ -1,0 +1,229 @@
+"""Rounded weights: the numbers, the graph that multiplies by them, and the gates that it passes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from exported import pruned
+from onnx import TensorProto, helper, numpy_helper
+
+from edgeprune_export import quantize as quantizing
+from edgeprune_export.exporting import export
+from edgeprune_export.quantize import PRECISIONS, Precision, dequantized, parse_precisions, quantize
+from edgeprune_runtime.bundle import open_bundle
+from edgeprune_runtime.errors import EdgepruneError, GateError
+from edgeprune_runtime.session import Decoder
+from edgeprune_runtime.validate import validate
+
+INT8 = replace(PRECISIONS["int8"], block_size=16)
+# on a toy with random weights 4 bits change nearly every likeliest token; the gates have tests of their own
+INT4 = replace(PRECISIONS["int4"], block_size=16, max_perplexity_ratio=9.0, min_argmax_agreement=0.0)
+
+
+def weight(rows: int = 10, inputs: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize("inputs", [64, 70])
+def test_onnx_runtime_multiplies_by_what_was_rounded(bits: int, is_symmetric: bool, inputs: int) -> None:
+    precision = Precision("any", bits, 16, is_symmetric)
+    dense = weight(inputs=inputs)
+    found = quantize(dense, precision)
+    constants = [numpy_helper.from_array(found.data.numpy(), "B"), numpy_helper.from_array(found.scales.numpy(), "S")]
+    if found.zero_points is not None:
+        constants.append(numpy_helper.from_array(found.zero_points.numpy(), "Z"))
+    node = helper.make_node(
+        "MatMulNBits", ["x", *(constant.name for constant in constants)], ["y"], domain="com.microsoft",
+        K=inputs, N=10, bits=bits, block_size=16,
+    )  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    model = helper.make_model(
+        helper.make_graph([node], "one product", [x], [y], constants),
+        opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=10,
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (product,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
+    expected = dequantized(dense, precision)
+    torch.testing.assert_close(torch.from_numpy(np.asarray(product)).T, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [INT8, INT4, replace(INT4, is_symmetric=True)])
+def test_rounding_moves_no_weight_by_more_than_its_block_allows(precision: Precision) -> None:
+    dense = weight()
+    blocks = dense.reshape(10, -1, 16)
+    low, high = blocks.amin(2).clamp_max(0), blocks.amax(2).clamp_min(0)
+    spread = 2 * blocks.abs().amax(2) if precision.is_symmetric else high - low
+    step = spread / ((1 << precision.bits) - (2 if precision.is_symmetric else 1))
+    moved = (dequantized(dense, precision) - dense).reshape(10, -1, 16).abs().amax(2)
+    # at the end that has one number less, and where a smaller scale cuts weights off, they may move by more than half
+    allowed = step * (1.01 if precision.bits == 8 else 2.5)
+    assert (moved <= allowed + 1e-6).all()
+
+
+@pytest.mark.parametrize("precision", [INT8, INT4, replace(INT4, is_symmetric=True)])
+def test_zeros_stay_zeros(precision: Precision) -> None:
+    dense = weight() * (weight(seed=1) > 0)
+    dense[0] = 0
+    assert (dequantized(dense, precision)[dense == 0] == 0).all()
+
+
+def test_a_smaller_scale_is_taken_where_it_misses_less() -> None:
+    dense = weight(rows=200)
+    best = (dequantized(dense, INT4) - dense).square().mean()
+    plain = _plain_rounding_error(dense, INT4)
+    assert best < 0.97 * plain
+
+
+def _plain_rounding_error(dense: torch.Tensor, precision: Precision) -> torch.Tensor:
+    blocks = dense.reshape(len(dense), -1, precision.block_size)
+    low, high = blocks.amin(2, keepdim=True).clamp_max(0), blocks.amax(2, keepdim=True).clamp_min(0)
+    scale = (high - low) / 15
+    zero_point = (-low / scale).round()
+    rounded = (((blocks / scale + zero_point).round().clamp(0, 15)) - zero_point) * scale
+    return (rounded - blocks).square().mean()
+
+
+# --- variants of a bundle ---------------------------------------------------------------------------------------------
+
+
+def stored_bytes(file: Path) -> int:
+    """Bytes of a graph's weights, without the gaps between them, which are most of a toy's file."""
+    values = (value.const_value for value in ir.load(file).graph.initializers.values())
+    places = {tensor.offset: tensor.nbytes for tensor in values if isinstance(tensor, ir.ExternalTensor)}
+    return sum(places.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "phi3", "gemma3_text", "qwen3"])
+def test_variants_of_one_folder_are_valid_and_smaller(name: str, tmp_path: Path) -> None:
+    pruned(tmp_path / "model", name, head_dim=16)
+    manifest = export(tmp_path / "model", tmp_path / "bundle", precisions=(PRECISIONS["fp32"], INT8, INT4))
+    assert list(manifest.variants) == ["fp32", "int8", "int4"]
+    assert manifest.default_variant == "fp32"
+    sizes = {name: stored_bytes(tmp_path / "bundle" / variant.graph) for name, variant in manifest.variants.items()}
+    assert sizes["int4"] < 0.75 * sizes["int8"] < 0.4 * sizes["fp32"]
+    for variant in manifest.variants:
+        opened = open_bundle(tmp_path / "bundle", variant, verify=True)
+        assert validate(opened, threads=1).passed, variant
+        assert bool(opened.variant.fidelity) == (variant != "fp32")
+    fidelity = {variant: manifest.variants[variant].fidelity for variant in ("int8", "int4")}
+    assert fidelity["int8"]["mean_kl"] < fidelity["int4"]["mean_kl"]
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama-mha", head_dim=16)
+    export(tmp_path / "model", tmp_path / "bundle", precisions=(INT4,))
+    graph = ir.load(tmp_path / "bundle/onnx/model_int4.onnx").graph
+    places = {
+        (value.const_value.offset, value.const_value.length)
+        for name, value in graph.initializers.items()
+        if name.startswith("model.embed_tokens.weight") and not name.endswith(("_scales", "_zero_points"))
+        and isinstance(value.const_value, ir.ExternalTensor)
+    }  # fmt: skip
+    assert len(places) == 1
+    assert {"GatherBlockQuantized", "MatMulNBits"} <= {node.op_type for node in graph}
+
+
+def test_the_first_precision_is_what_every_runtime_takes(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    export(tmp_path / "model", tmp_path / "bundle", precisions=(INT8,))
+    opened = open_bundle(tmp_path / "bundle", verify=True)
+    assert opened.variant_name == "int8"
+    assert not (tmp_path / "bundle/onnx/model.onnx").exists()
+    assert '"onnx/model_int8.onnx"' in (tmp_path / "bundle/genai_config.json").read_text()
+    assert Decoder(opened, threads=1).forward(np.array([[1, 5, 6]]))[0].shape[1] == 3
+
+
+def test_rounded_inputs_are_within_their_own_tolerance(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    manifest = export(tmp_path / "model", tmp_path / "bundle", precisions=(replace(INT8, accuracy_level=4),))
+    variant = manifest.variants["int8"]
+    assert 1e-3 < variant.parity["max_abs_error"] < variant.tolerance
+    assert validate(open_bundle(tmp_path / "bundle"), threads=1).passed
+
+
+def test_one_scale_that_is_wrong_fails_the_device_check(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    export(tmp_path / "model", tmp_path / "bundle", precisions=(INT8,))
+    bundle = open_bundle(tmp_path / "bundle")
+    graph = ir.load(bundle.graph_path).graph
+    scales = graph.initializers["model.layers.1.mlp.down_proj.weight_scales"].const_value
+    assert isinstance(scales, ir.ExternalTensor)
+    assert scales.offset is not None
+    with (bundle.folder / bundle.variant.data[0]).open("r+b") as file:
+        file.seek(scales.offset)
+        file.write(np.full(8, 3.0, np.float32).tobytes())
+    assert not validate(bundle, threads=1).passed
+
+
+@pytest.mark.parametrize("limit", [{"max_perplexity_ratio": 0.5}, {"min_argmax_agreement": 1.01}])
+def test_a_variant_that_loses_too_much_is_not_written(limit: dict[str, float], tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    bad = replace(INT8, **limit)
+    with pytest.raises(GateError, match="int8 loses too much"):
+        export(tmp_path / "model", tmp_path / "bundle", precisions=(bad,))
+    assert not (tmp_path / "bundle").exists()
+    manifest = export(tmp_path / "model", tmp_path / "bundle", precisions=(bad, PRECISIONS["fp32"]))
+    assert list(manifest.variants) == ["fp32"]
+    assert manifest.default_variant == "fp32"
+    assert manifest.notes[-1].startswith("not written: int8 loses too much")
+    assert not list((tmp_path / "bundle").rglob("*int8*"))
+    assert validate(open_bundle(tmp_path / "bundle", verify=True), threads=1).passed
+
+
+def test_a_graph_that_rounds_otherwise_than_its_torch_model_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    monkeypatch.setattr(quantizing, "dequantized", lambda weight, precision: weight * 1.01)
+    with pytest.raises(GateError, match="parity"):
+        export(tmp_path / "model", tmp_path / "bundle", precisions=(INT8,))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "details", "message"),
+    [
+        ("int3", {}, "unknown precision 'int3'; expected fp32, int8, int4"),
+        ("fp32,fp32", {}, "named twice"),
+        ("", {}, "unknown precision ''"),
+        ("int4", {"block_size": 24}, "--block-size is 24; expected one of 16"),
+        ("int4", {"accuracy_level": 3}, "--accuracy-level is 3; expected one of 0"),
+    ],
+)
+def test_what_onnx_runtime_does_not_take_is_refused(text: str, details: dict[str, int], message: str) -> None:
+    with pytest.raises(EdgepruneError, match=message):
+        parse_precisions(text, **details)
+
+
+def test_details_reach_the_rounded_precisions_alone() -> None:
+    plain, int4 = parse_precisions("fp32, int4", block_size=64, is_symmetric=True, accuracy_level=4)
+    assert plain == PRECISIONS["fp32"]
+    assert (int4.block_size, int4.is_symmetric, int4.accuracy_level) == (64, True, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "message"),
+    [
+        ("gpt2", INT8, "gpt2 has the traced one; expected --precision fp32"),
+        ("llama", replace(INT8, block_size=32), "does not divide the hidden_size 48.*expected one of 16"),
+    ],
+)
+def test_what_the_graph_cannot_hold_is_refused_early(
+    name: str, precision: Precision, message: str, tmp_path: Path
+) -> None:
+    pruned(tmp_path / "model", name)
+    with pytest.raises(EdgepruneError, match=message):
+        export(tmp_path / "model", tmp_path / "bundle", precisions=(precision,))
+    assert not (tmp_path / "bundle").exists()
