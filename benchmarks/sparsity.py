@@ -60,7 +60,8 @@ ROWS = (
     "Wanda + refit=wanda|hardware|least-squares",
     "SparseGPT + refit=sparsegpt|hardware|least-squares",
     "ALPS=alps|hardware|none",
-    "ALPS + reconstruction (default)=alps|hardware|reconstruct",
+    "ALPS + refit (default)=alps|hardware|least-squares",
+    "ALPS + reconstruction=alps|hardware|reconstruct",
 )
 """The rows of the full table."""
 

@@ -30,6 +30,7 @@ from edgeprune.cli.options import (
     DENSE,
     OUTPUT_KIND,
     REPORT_FILE,
+    SPARSITY_REFIT,
     Options,
     chosen_preset,
     graded_sequences,
@@ -99,7 +100,7 @@ def compress(
         typer.Option(
             metavar="MODE",
             help="Of o_proj and down_proj: least-squares; reconstruct (then the whole MLP); intercept (and a bias), "
-            f"bias (alone), none; {_of_presets('refit')}",
+            f"bias (alone), none; {_of_presets('refit')} Of sparse Linears: {SPARSITY_REFIT}.",
             show_default=False,
             rich_help_panel=PRUNING,
         ),
@@ -306,6 +307,7 @@ def compress(
         sparsity_method=sparsity_method,
         sparsity_scope=sparsity_scope,
         sparsity_layout=sparsity_layout,
+        sparsity_refit=refit or SPARSITY_REFIT,
         align=align,
         min_channels=min_channels,
         calibration=calibration,
