@@ -108,6 +108,10 @@ class Pattern:
         kept = torch.zeros_like(blocks, dtype=torch.bool).scatter_(2, best, True)
         return kept.flatten(1)[:, : scores.shape[1]]
 
+    def keep_anywhere(self, scores: torch.Tensor, side: Side = "in") -> torch.Tensor:
+        """As `keep`, but without blocks all weights of the matrix compete with each other, not those of a line."""
+        return self.keep(scores, side) if self.block_m else self.keep(scores.reshape(1, -1)).reshape(scores.shape)
+
     def find(self, weight: torch.Tensor, side: Side = "in") -> Found:
         """What lies in a weight `(out, in)`, and what this pattern allows."""
         if side == "out":

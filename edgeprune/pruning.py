@@ -62,7 +62,7 @@ from edgeprune.statistics import (
     moments_entry,
 )
 from edgeprune.stock import check_alike, check_stock_widths, stock_counts
-from edgeprune.streaming import Decoder, check_finite
+from edgeprune.streaming import Decoder
 from edgeprune.streaming import model_groups as model_groups
 from edgeprune_runtime import __version__
 from edgeprune_runtime.errors import EdgepruneError
@@ -587,10 +587,7 @@ def _cut_block(
         if reconstruct is not None:
             name, outcome = reconstruct(block, groups)
             outcomes[name] = asdict(outcome)
-        tensors = {name: tensor.detach() for name, tensor in block.state_dict().items()}
-        for name, tensor in tensors.items():
-            check_finite("the refitted model", decoder.prefix(layer) + name, tensor)
-        return Entry(tensors, outcomes)
+        return Entry(decoder.finite_tensors(layer, "the refitted model"), outcomes)
 
 
 def _ratio_notes(settings: Settings, reached: float) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from edgeprune.refit import Outcome
 from edgeprune.shrink import linear_of, oriented, weight_of
 from edgeprune.sparsity import Evidence
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, InputSums, Moments, Progress, moments_of, shown
-from edgeprune.streaming import Decoder, check_finite
+from edgeprune.streaming import Decoder
 from edgeprune.survivors import refit_survivors
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -124,7 +124,7 @@ class Sparsity:
         """What the plan keeps of it, for a model with these groups."""
         sides: dict[str, Side] = {}
         for layer in _layers(groups):
-            sides |= self._sides(layer)
+            sides |= self.sides(layer)
         return SparsityRecord(**asdict(self), sides=sides)
 
     def notes(self, groups: Sequence[Group]) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ class Sparsity:
         found: tuple[str, ...] = method.notes(self.layout, self.scope, has_gate=has_gate)
         return found
 
-    def _sides(self, groups: Sequence[Group]) -> dict[str, Side]:
+    def sides(self, groups: Sequence[Group]) -> dict[str, Side]:
         """Name of each Linear of a block that gets zeros -> the side along which blocks lie."""
         method = plugins.find("sparsity", self.method, "sparsity method")
         of_gates: Side = getattr(method, "SIDES", {}).get(self.layout, "in")
@@ -240,14 +240,12 @@ class _Walk:
                 outcomes[name] = outcome
             elif self._reads:
                 self.paths.advance_pruned(layer, block, is_first=layer == 0)
-            tensors = {name: tensor.detach() for name, tensor in block.state_dict().items()}
-            for name, tensor in tensors.items():
-                check_finite("the sparse model", self._decoder.prefix(layer) + name, tensor)
+            tensors = self._decoder.finite_tensors(layer, "the sparse model")
             return Entry(tensors, {name: asdict(outcome) for name, outcome in outcomes.items()})
 
     def _prune(self, layer: int, block: nn.Module) -> Iterator[tuple[str, Outcome]]:
         """Put zeros into the Linears of a block; of each that is refitted, how that went."""
-        sides = self._sparsity._sides(self._groups[layer])
+        sides = self._sparsity.sides(self._groups[layer])
         inner = _channels(self._groups[layer]).inner.module
         sums = self._sums(layer, block, sides) if self._reads else {}
         channels_sq = next((of_inputs.sq_mean for names, of_inputs in sums.items() if inner in names), None)

@@ -212,6 +212,17 @@ class Decoder:
         self._readers = {name: read for name, read in self._readers.items() if not name.startswith(prefix)}
         self._readers |= {prefix + name: read for name, read in readers.items()}
 
+    def finite_tensors(self, layer: int, what: str) -> dict[str, torch.Tensor]:
+        """The tensors of a block that is in memory, by their names inside it; `what` is what messages call the model.
+
+        Raises:
+            EdgepruneError: if a value is not finite.
+        """
+        tensors = {name: tensor.detach() for name, tensor in self.blocks[layer].state_dict().items()}
+        for name, tensor in tensors.items():
+            check_finite(what, self.prefix(layer) + name, tensor)
+        return tensors
+
     def release(self, layer: int) -> None:
         """Give the memory of a block back; it must be readable again, or never be used again."""
         self.blocks[layer].to("meta")

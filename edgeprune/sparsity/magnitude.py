@@ -15,7 +15,4 @@ NEEDS: frozenset[str] = frozenset()
 
 def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
     """The weight `(D, K)` without its smallest entries."""
-    scores = evidence.weight.abs()
-    if pattern.block_m:
-        return evidence.weight * pattern.keep(scores, side)
-    return evidence.weight * pattern.keep(scores.reshape(1, -1)).reshape(scores.shape)
+    return evidence.weight * pattern.keep_anywhere(evidence.weight.abs(), side)

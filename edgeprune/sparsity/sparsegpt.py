@@ -39,7 +39,7 @@ def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
         step = pattern.block_m or COLUMNS
         for first in range(0, end - begin, step):
             block = slice(first, min(first + step, end - begin))
-            keep = _keep(stretch[:, block].square() / factor.diagonal()[block].square(), pattern)
+            keep = pattern.keep_anywhere(stretch[:, block].square() / factor.diagonal()[block].square())
             for column, is_kept in enumerate(keep.T, first):
                 value = stretch[:, column].clone()
                 error = torch.where(is_kept, 0.0, value) / factor[column, column]
@@ -66,9 +66,3 @@ def _without_dead(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tenso
         )
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     return weight.masked_fill(is_dead, 0.0), upper.float()
-
-
-def _keep(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    if pattern.block_m:
-        return pattern.keep(scores)
-    return pattern.keep(scores.reshape(1, -1)).reshape(scores.shape)

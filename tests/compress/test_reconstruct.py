@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from cuts import groups_of
+from observed import block_outputs
 from toys import NAMES, per_layer_lists, toy
 from trained import stories
 
 from edgeprune import reconstruct
 from edgeprune.calibration import Calibration
-from edgeprune.groups import blocks_name
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.pruning import Settings, apply_plan, make_plan
@@ -36,22 +36,6 @@ def planned(model: Any, tokens: Calibration, **changes: Any) -> tuple[PrunePlan,
     return make_plan(model, "toy", tokens, settings)
 
 
-def hidden_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What enters each block, and what leaves the last."""
-    seen: list[torch.Tensor] = []
-    hooks = [
-        block.register_forward_hook(
-            lambda _m, _i, output: seen.append(output if torch.is_tensor(output) else output[0])
-        )
-        for block in model.get_submodule(blocks_name(groups_of(model)))
-    ]
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 class Remembering(Journal):
     """A journal that forgets nothing."""
 
@@ -63,11 +47,11 @@ class Remembering(Journal):
 def test_paths_are_the_hidden_states_of_the_dense_and_of_the_pruned_model(name: str) -> None:
     model, tokens = toy(name, num_hidden_layers=4, **per_layer_lists(name, 4)), calibration()
     plan, stats = planned(model, tokens, allocation="protect:1,1")
-    expected = hidden_states(model, tokens.ids)
+    expected = block_outputs(model, tokens.ids)
     journal = Remembering()
     apply_plan(model, plan, stats.moments, tokens, journal=journal)
     shape = (*tokens.ids.shape, model.config.hidden_size)
-    found = hidden_states(model, tokens.ids)
+    found = block_outputs(model, tokens.ids)
     for layer in range(4):
         dense = journal.rows(f"dense-{layer + 1}", shape, torch.float32)[0:32]
         torch.testing.assert_close(dense, expected[layer], rtol=1e-4, atol=1e-4)
@@ -82,7 +66,7 @@ def test_the_pruned_path_is_that_of_the_weights_as_they_are_stored() -> None:
     journal = Remembering()
     outcomes = apply_plan(model, plan, stats.moments, tokens, journal=journal)  # computed in float32
     assert any(outcome.is_accepted for name, outcome in outcomes.items() if name.endswith(".mlp"))
-    found = hidden_states(model.float(), tokens.ids)
+    found = block_outputs(model.float(), tokens.ids)
     for layer in range(1, 4):
         pruned = journal.rows(f"pruned-{layer + 1}", (*tokens.ids.shape, 48), torch.float32)[0:32]
         torch.testing.assert_close(pruned, found[layer], rtol=1e-4, atol=1e-4)
@@ -101,10 +85,10 @@ def test_fit_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = closed.model.layers[first].mlp
     read: list[torch.Tensor] = []
     hook = mlp.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
-    of_closed = hidden_states(closed, tokens.ids[:28])[first]
+    of_closed = block_outputs(closed, tokens.ids[:28])[first]
     hook.remove()
     with torch.no_grad():
-        target = hidden_states(dense, tokens.ids[:28])[first] - of_closed + mlp(read[0])
+        target = block_outputs(dense, tokens.ids[:28])[first] - of_closed + mlp(read[0])
     energy = float(target.square().sum(-1).mean())
     weights = [weight.detach().clone().requires_grad_() for weight in mlp.parameters()]
     rates = [reconstruct.LEARNING_RATE * float(weight.detach().square().mean().sqrt()) for weight in weights]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from observed import moments
 from toys import toy
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +21,6 @@ from edgeprune.refit import (
     shapes_with_intercepts,
 )
 from edgeprune.shrink import linear_shapes, shrink
-from edgeprune.statistics import Moments
 from edgeprune_runtime.errors import EdgepruneError
 
 WEIGHT = torch.randn(7, 12, generator=torch.Generator().manual_seed(3))
@@ -32,19 +32,6 @@ def inputs(tokens: int = 400, width: int = 12, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
     return torch.randn(tokens, width, generator=generator) @ mix + mix[0]
-
-
-def moments(x: torch.Tensor, held_out: torch.Tensor | None = None) -> Moments:
-    if held_out is None:
-        return Moments(x.T @ x / len(x), x.mean(0))
-    both = torch.cat([x, held_out])
-    return Moments(
-        both.T @ both / len(both),
-        both.mean(0),
-        held_out_gram=held_out.T @ held_out / len(held_out),
-        held_out_share=len(held_out) / len(both),
-        held_out_mean=held_out.mean(0),
-    )
 
 
 def literal(x: torch.Tensor, damping: float, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:

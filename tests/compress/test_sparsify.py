@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import groups_of
+from observed import block_outputs
 from torch import nn
 from toys import KINDS, NAMES, per_layer_lists, toy
 from trained import stories
@@ -295,19 +296,6 @@ def test_every_block_is_told() -> None:
 
 
 # --- reconstruction ---------------------------------------------------------------------------------------------------
-
-
-def block_outputs(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    seen: list[torch.Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, out: seen.append(out if torch.is_tensor(out) else out[0]))
-        for block in model.get_submodule(blocks_name(groups_of(model)))
-    ]
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 @pytest.mark.parametrize(("name", "scope"), [*((name, "mlp") for name in KINDS), ("llama", "all"), ("gpt2", "all")])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from observed import moments
 
 from edgeprune import survivors
 from edgeprune.patterns import Pattern
 from edgeprune.refit import DAMPING, RIDGES
-from edgeprune.statistics import Moments
 from edgeprune.survivors import refit_survivors
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -28,19 +28,6 @@ def converged(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(tokens: int = 400, seed: int = 0, width: int = COLUMNS) -> torch.Tensor:
     mix = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)) @ mix + mix[0]
-
-
-def moments(x: torch.Tensor, held_out: torch.Tensor | None = None) -> Moments:
-    if held_out is None:
-        return Moments(x.T @ x / len(x), x.mean(0))
-    both = torch.cat([x, held_out])
-    return Moments(
-        both.T @ both / len(both),
-        both.mean(0),
-        held_out_gram=held_out.T @ held_out / len(held_out),
-        held_out_share=len(held_out) / len(both),
-        held_out_mean=held_out.mean(0),
-    )
 
 
 def literal(weight: torch.Tensor, sparse: torch.Tensor, x: torch.Tensor, damping: float) -> torch.Tensor:
