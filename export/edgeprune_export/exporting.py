@@ -50,6 +50,7 @@ from edgeprune_runtime.bundle import (
     data_file,
     golden_file,
     graph_file,
+    transformers_js_dtype,
 )
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import save_golden
@@ -348,7 +349,7 @@ def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manif
         "architectures": [architecture(config.model_type).BASE],
         "head_dim": max(layer.head_dim for layer in manifest.layers),
         "transformers.js_config": {
-            "dtype": manifest.default_variant,
+            "dtype": transformers_js_dtype(manifest.default_variant),
             "use_external_data_format": {Path(variant.graph).name: 1 for variant in manifest.variants.values()},
         },
     }

@@ -5,7 +5,7 @@
       config.json  generation_config.json  tokenizer.json  tokenizer_config.json  [chat_template.jinja]
       genai_config.json             for onnxruntime-genai
       golden.npz                    token sequences with the torch model's logits (see `validate.py`)
-      onnx/model.onnx  onnx/model.onnx_data  [onnx/model_<variant>.onnx ...]
+      onnx/model.onnx  onnx/model.onnx_data  [onnx/model_q4.onnx ...]
 
 A graph's inputs are `input_ids` int64 (batch_size, sequence_length), `attention_mask` int64 (batch_size,
 total_sequence_length) and for each layer i `past_key_values.{i}.key/value` float32 (batch_size, kv_heads_i,
@@ -45,9 +45,23 @@ GraphSource = Literal["decoder", "traced"]
 Padding = Literal["both", "right"]
 
 
+# Variant -> its dtype in transformers.js, and how that library expects its graph's file name to end.
+_TRANSFORMERS_JS = {
+    "fp32": ("fp32", ""),
+    "fp16": ("fp16", "_fp16"),
+    "int8": ("q8", "_quantized"),
+    "int4": ("q4", "_q4"),
+}
+
+
 def graph_file(variant: str) -> str:
-    """Relative path of a variant's graph: `onnx/model.onnx` for fp32, `onnx/model_<variant>.onnx` for any other."""
-    return "onnx/model.onnx" if variant == "fp32" else f"onnx/model_{variant}.onnx"
+    """Relative path of a variant's graph, named as transformers.js looks for it: `onnx/model.onnx` for fp32."""
+    return f"onnx/model{_TRANSFORMERS_JS[variant][1]}.onnx"
+
+
+def transformers_js_dtype(variant: str) -> str:
+    """What transformers.js calls a variant."""
+    return _TRANSFORMERS_JS[variant][0]
 
 
 def golden_file(variant: str) -> str:

@@ -122,7 +122,7 @@ def test_variants_of_one_folder_are_valid_and_smaller(name: str, tmp_path: Path)
 def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama-mha", head_dim=16)
     export(tmp_path / "model", tmp_path / "bundle", precisions=(INT4,))
-    graph = ir.load(tmp_path / "bundle/onnx/model_int4.onnx").graph
+    graph = ir.load(tmp_path / "bundle/onnx/model_q4.onnx").graph
     places = {
         (value.const_value.offset, value.const_value.length)
         for name, value in graph.initializers.items()
@@ -139,7 +139,7 @@ def test_the_first_precision_is_what_every_runtime_takes(tmp_path: Path) -> None
     opened = open_bundle(tmp_path / "bundle", verify=True)
     assert opened.variant_name == "int8"
     assert not (tmp_path / "bundle/onnx/model.onnx").exists()
-    assert '"onnx/model_int8.onnx"' in (tmp_path / "bundle/genai_config.json").read_text()
+    assert '"onnx/model_quantized.onnx"' in (tmp_path / "bundle/genai_config.json").read_text()
     assert Decoder(opened, threads=1).forward(np.array([[1, 5, 6]]))[0].shape[1] == 3
 
 
