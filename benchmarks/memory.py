@@ -1,6 +1,7 @@
-"""Whether a model far larger than memory can be pruned: peak memory and time against the number of decoder blocks.
+"""Whether a model far larger than memory can be pruned and exported: peak memory and time by its decoder blocks.
 
     python benchmarks/memory.py --folder /big/disk                           # 2, 4 and 8 blocks of a Llama-7B
+    python benchmarks/memory.py --folder /big/disk --job export --limit-gb 2.5 --max-memory 2.4GB
     python benchmarks/memory.py --folder /big/disk --blocks 32               # the whole of it
     python benchmarks/memory.py --folder /big/disk -- --method taylor-fine   # everything behind -- goes to compress
 
@@ -10,6 +11,10 @@ Random weights say nothing about accuracy, but time and memory do not depend on 
 one fresh `edgeprune compress FOLDER --checkpoint-only --max-memory SIZE --allocation uniform:mixed`. Blocks that fit
 into --max-memory beside the work are kept there, which is faster but grows with them: to see them streamed, give less
 than the smallest count would need.
+
+`--job export` is `edgeprune export FOLDER --precision int4 --max-memory SIZE` of the checkpoint as it is. Random
+weights lose nearly everything when they are rounded, so the gate on that is set aside; the one on what the graph
+computes is not.
 
 Pruning in streams of blocks takes a fixed time and a time per block, so a line through a few small counts foretells the
 32 blocks of the whole model; and its memory must not grow with the blocks at all.
@@ -53,6 +58,7 @@ SAME = 0.05
 """Peaks that differ by less are one and the same: the allocator and the kernel are not exact."""
 ALLOCATION = ("--allocation", "uniform:mixed")
 """Every block gives the same share, and so takes the same time; others leave some alone, or all of a small count."""
+INT4 = ("--precision", "int4", "--max-perplexity-ratio", "1e9", "--min-agreement", "0")
 SAMPLE_S = 0.1
 HELD_OUT_SEQUENCES = 32
 """Room for the sequences that `compress` draws besides those it calibrates on."""
@@ -113,11 +119,12 @@ class Run:
 
 
 def main() -> Report:
-    """Make the checkpoints, compress each, and draw the line."""
+    """Make the checkpoints, compress or export each, and draw the line."""
     parser = common.make_parser(__doc__)
     parser.add_argument("--folder", type=Path, default=common.OUT / "memory", help="where there is room for it")
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8], help="default: 2 4 8")
     parser.add_argument("--whole", type=int, default=32, help="blocks of the whole model (default: %(default)s)")
+    parser.add_argument("--job", choices=("compress", "export"), default="compress", help="default: %(default)s")
     parser.add_argument("--ratio", type=float, default=0.2, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--heads", type=int, default=32, help="default: %(default)s")
@@ -127,9 +134,9 @@ def main() -> Report:
     parser.add_argument("--calibration-sequences", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--calibration-tokens", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--limit-gb", type=float, default=6.0, help="peak RSS to stay under (default: %(default)s)")
-    parser.add_argument("--max-memory", default="6GB", help="for `edgeprune compress` (default: %(default)s)")
+    parser.add_argument("--max-memory", default="6GB", help="for `edgeprune` (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, and use those that are there")
-    parser.add_argument("options", nargs="*", help="options of `edgeprune compress`, behind --")
+    parser.add_argument("options", nargs="*", help="options of `edgeprune compress` or `export`, behind --")
     args = parser.parse_args()
     shape = Shape(args.hidden, args.heads, args.kv_heads or args.heads, args.channels, args.vocabulary)
     _check(shape, args.blocks)
@@ -147,10 +154,13 @@ def main() -> Report:
         ]
         runs = []
         for blocks, folder in zip(args.blocks, folders, strict=True):
-            output = folder.with_name(f"{folder.name}-pruned")
-            job = [str(folder), "--ratio", str(args.ratio), "--checkpoint-only", "--max-memory", args.max_memory]
-            job += [*ALLOCATION, *calibration, *args.options]
-            command = [sys.executable, "-m", "edgeprune", "compress", *job, "-o", str(output), "--force"]
+            output = folder.with_name(f"{folder.name}-{args.job}")
+            job = [args.job, str(folder), "--max-memory", args.max_memory]
+            if args.job == "compress":
+                job += ["--ratio", str(args.ratio), "--checkpoint-only", *ALLOCATION, *calibration, *args.options]
+            else:
+                job += [*INT4, *args.options]
+            command = [sys.executable, "-m", "edgeprune", *job, "-o", str(output), "--force"]
             print(f"{blocks} blocks: {' '.join(command[1:])}", file=sys.stderr, flush=True)
             wall_s, peak, anonymous = run(command)
             runs.append(Run(blocks, shape.stored_bytes(blocks), wall_s, peak, anonymous))
@@ -160,7 +170,8 @@ def main() -> Report:
             for folder in (args.folder / SHARDS, *folders):
                 shutil.rmtree(folder, ignore_errors=True)
             (args.folder / CALIBRATION).unlink(missing_ok=True)
-    title = f"Pruning a Llama of {shape.hidden}/{shape.channels} with random weights by {args.ratio:.0%}"
+    done = f"Pruning by {args.ratio:.0%}" if args.job == "compress" else "Exporting to int4"
+    title = f"{done} a Llama of {shape.hidden}/{shape.channels} with random weights"
     return make_report(title, runs, args.whole, args.limit_gb, asdict(shape))
 
 
@@ -291,7 +302,7 @@ def run(command: Sequence[str]) -> tuple[float, int, int]:
         process.returncode = os.waitstatus_to_exitcode(status)
     wall_s = time.perf_counter() - began
     if process.returncode != 0:
-        raise EdgepruneError(f"compress ended with exit code {process.returncode}; see its message above")
+        raise EdgepruneError(f"the job ended with exit code {process.returncode}; see its message above")
     return wall_s, usage.ru_maxrss << 10, anonymous  # Linux counts in KiB
 
 

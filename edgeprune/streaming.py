@@ -275,7 +275,7 @@ class Decoder:
             self.model._init_weights(module)
 
     def _read(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        _return_freed_memory()  # all of the block before is let go of by now, also by the code that used it
+        return_freed_memory()  # all of the block before is let go of by now, also by the code that used it
         prefix = self.prefix(layer)
         names = self.blocks[layer].state_dict()
         return {name: self.read_tensor(prefix + name).to(dtype) for name in names}
@@ -382,7 +382,7 @@ def check_finite(model_name: str, name: str, tensor: torch.Tensor) -> None:
         raise EdgepruneError(f"{model_name}: {name} holds {count} NaN or infinite values; expected finite weights")
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Let the C library give freed memory back to the system, where it is glibc.
 
     It keeps freed tensors of up to 32 MiB for later ones. As widths differ from block to block, holes remain that no

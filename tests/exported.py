@@ -17,6 +17,7 @@ from edgeprune.groups import layer_widths
 from edgeprune.shrink import shrink
 from edgeprune_export import decoder
 from edgeprune_export.external_data import ExternalData
+from edgeprune_export.quantize import FLOAT32, RoundedWeights
 from edgeprune_export.weights import Weights
 
 SAMPLE = [np.random.default_rng(0).integers(3, toys.COMMON["vocab_size"], 400).tolist()]
@@ -47,7 +48,7 @@ def decoder_graph(source: Path, folder: Path) -> Path:
     """The declarative graph of a checkpoint, written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExternalData(folder / "model.onnx_data") as data:
-        model = decoder.build(Weights(source), data)
+        model = decoder.build(RoundedWeights(Weights(source), FLOAT32), data)
     ir.save(model, folder / "model.onnx")
     return folder / "model.onnx"
 

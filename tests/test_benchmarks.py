@@ -13,16 +13,20 @@ from typing import Any
 import pytest
 import torch
 from cuts import groups_of, uniform_keep
+from exported import decoder_graph, pruned
 from toys import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.calibration import Calibration
 from edgeprune.shrink import shrink
 from edgeprune.sparsify import Sparsity, sparsify
+from edgeprune_export.exporting import export
+from edgeprune_export.quantize import PRECISIONS
+from edgeprune_runtime.bundle import open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("main_job", "accuracy", "sparsity", "memory", "speed", "export")
+SCRIPTS = ("main_job", "accuracy", "sparsity", "memory", "speed", "export", "runtime_peers")
 TINY_CALIBRATION = ("--calibration-sequences", "8", "--calibration-tokens", "64")
 TINY_LLAMA = ("--hidden", "64", "--heads", "4", "--channels", "160", "--vocabulary", "300")
 
@@ -341,6 +345,86 @@ def test_zeros_are_measured_once_where_two_rows_are_the_same(monkeypatch: pytest
     assert sparsity._same_as(paper) == paper
 
 
+# --- runtime peers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peer_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return module("peer_tables", monkeypatch)
+
+
+@pytest.fixture
+def peer_graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return module("peer_graphs", monkeypatch)
+
+
+def test_speed_is_compared_round_by_round(peer_tables: Any) -> None:
+    ours = [10.0, 20.0, 40.0, 10.0, 30.0]
+    found = peer_tables.Ratio.paired(ours, [1.5 * ms for ms in ours])
+    assert (found.ratio, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert found.reaches(1.3)
+    assert not found.reaches(2.0)
+    noisy = peer_tables.Ratio.paired([1.0] * 5, [0.8, 0.9, 1.0, 1.1, 1.2])
+    assert noisy.low < noisy.ratio == 1.0 < noisy.high
+    assert noisy.reaches(1.0)  # not shown to be slower
+    assert not noisy.reaches(1.1)
+    few = peer_tables.Ratio.paired([1.0, 1.0], [2.0, 2.0])
+    assert (few.ratio, few.low, few.reaches(1.3)) == (2.0, None, None)
+
+
+def test_a_token_reads_the_head_but_not_the_embedding(peer_graphs: Any, tmp_path: Path) -> None:
+    for name, is_tied in (("llama", False), ("llama-mha", True)):
+        model = pruned(tmp_path / name, name)
+        graph = peer_graphs.read_graph(decoder_graph(tmp_path / name, tmp_path / f"{name}-graph"))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        read = parameters if is_tied else parameters - model.get_input_embeddings().weight.numel()
+        assert graph.token_bytes == pytest.approx(4 * read, rel=0.005)  # and a few constants
+        assert graph.size_bytes > 4 * parameters
+        assert (graph.block, graph.accuracy_level) == (None, None)
+
+
+def test_other_accuracy_levels_share_all_but_the_level(peer_graphs: Any, tmp_path: Path) -> None:
+    pruned(tmp_path / "checkpoint", "llama")
+    precision = replace(PRECISIONS["int4"], block_size=16, max_perplexity_ratio=1e9, min_argmax_agreement=0.0)
+    export(tmp_path / "checkpoint", tmp_path / "bundle", precisions=[precision])
+    graph = peer_graphs.read_graph(open_bundle(tmp_path / "bundle").graph_path)
+    twin = peer_graphs.at_level(graph, 0, tmp_path / "twin")
+    assert (graph.accuracy_level, twin.accuracy_level) == (4, 0)
+    assert (twin.block, twin.token_bytes) == (graph.block, graph.token_bytes) == ((4, 16, False), graph.token_bytes)
+    assert [file.read_bytes() for file in twin.data] == [file.read_bytes() for file in graph.data]
+    assert peer_graphs.at_level(graph, 0, tmp_path / "twin") == twin
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--mobius-python", "mobius-onnx==0.1.0"), ("--llama-python", "llama-cpp-python==0.3.36")],
+)
+def test_peers_that_were_asked_for_and_are_missing_are_refused_with_how_to_get_them(option: str, words: str) -> None:
+    done = script("runtime_peers", option, sys.executable, "--model", "none")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+
+
+@pytest.mark.slow
+def test_runtime_peers_go_on_where_they_stopped_and_say_who_is_missing(stories260k: Path, tmp_path: Path) -> None:
+    job = ("--model", str(stories260k), "--work", str(tmp_path), "--prompt-tokens", "8", "--generate-tokens", "4")
+    first = report("runtime_peers", *job, "--rounds", "2")
+    measured = (tmp_path / "rounds.jsonl").read_text("utf-8")
+    again = report("runtime_peers", *job, "--rounds", "2")
+    assert (tmp_path / "rounds.jsonl").read_text("utf-8") == measured
+    assert again["tables"] == first["tables"]
+    assert first["data"]["missing"] == ["genai builder", "mobius-onnx", "llama.cpp", "pruned"]
+    tables = {table["title"]: table["rows"] for table in first["tables"]}
+    speed = {row["model"]: row for row in tables["Speed and what rounding costs"]}
+    assert set(speed) == {"ours fp32", "ours int8", "ours int8, level 0", "ours int4", "ours int4, level 0"}
+    assert speed["ours fp32"]["same likeliest token"] == 1.0
+    assert 1.0 < speed["ours int4, level 0"]["perplexity / ours fp32"] < 1.5
+    assert all(row["share of the floor"] > 0 for row in tables["Decode against the memory's floor"])
+    assert [row["wanted"] for row in tables["Ours against others, paired by round"]] == [None] * 4
+    assert all("pip" in row["how to get it"] or "edgeprune" in row["how to get it"] for row in tables["Not measured"])
+
+
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 
@@ -480,6 +564,15 @@ def test_memory_compresses_each_number_of_blocks(tmp_path: Path) -> None:
     )
     assert [row["blocks"] for row in found["tables"][0]["rows"]] == [2, 4]
     assert all(run["peak_rss_bytes"] > 50e6 for run in found["data"]["runs"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_memory_exports_by_blocks(tmp_path: Path) -> None:
+    job = ("--job", "export", "--blocks", "1", "2", "--max-memory", "1MB")
+    found = report("memory", "--folder", str(tmp_path), *job, *TINY_LLAMA, *TINY_CALIBRATION)
+    assert [row["blocks"] for row in found["tables"][0]["rows"]] == [1, 2]
+    assert "Exporting to int4" in found["title"]
     assert not list(tmp_path.iterdir())
 
 

@@ -47,11 +47,20 @@ def test_changelog_has_unreleased_changes_on_top() -> None:
     assert headings[0] == "Unreleased"
 
 
-@pytest.mark.parametrize("kind", ["architectures", "importance", "allocation"])
-def test_every_plugin_has_a_row_in_a_table_of_the_readme(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [
+        ("architectures", "edgeprune"),
+        ("importance", "edgeprune"),
+        ("allocation", "edgeprune"),
+        ("sparsity", "edgeprune"),
+        ("targets", "edgeprune_export"),
+    ],
+)
+def test_every_plugin_has_a_row_in_a_table_of_the_readme(kind: str, package: str) -> None:
     """A new plug-in is one file and one README row, its name in backticks in the first cell."""
     rows = re.findall(r"^\|\s*`([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert set(plugins.names(kind)) <= {row.replace("_", "-") for row in rows}
+    assert set(plugins.names(kind, package)) <= {row.replace("_", "-") for row in rows}
 
 
 def test_no_tracked_file_names_a_place_on_one_machine_or_a_registry() -> None:

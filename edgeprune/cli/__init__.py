@@ -62,5 +62,6 @@ def main() -> None:
 
 import edgeprune.cli.compress  # noqa: E402 - each command module registers itself with `app` above
 import edgeprune.cli.device  # noqa: E402
+import edgeprune.cli.doctor  # noqa: E402
 import edgeprune.cli.export  # noqa: E402
 import edgeprune.cli.inspect  # noqa: E402, F401

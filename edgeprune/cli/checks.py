@@ -46,11 +46,12 @@ def check_measuring(options: Options) -> None:
     from edgeprune_runtime.bench import MIN_ROUNDS_FOR_VERDICT
     from edgeprune_runtime.errors import EdgepruneError
 
-    if options.checkpoint_only and options.precision != FLOAT32:
-        raise EdgepruneError(
-            f"--precision {options.precision} is of the ONNX bundle, and --checkpoint-only writes none; leave one of "
-            "them out"
-        )
+    of_bundle = {"target": options.target, "precision": None if options.precision == FLOAT32 else options.precision}
+    for name, wish in of_bundle.items():
+        if options.checkpoint_only and wish is not None:
+            raise EdgepruneError(
+                f"--{name} {wish} is of the ONNX bundle, and --checkpoint-only writes none; leave one of them out"
+            )
     if options.dtype not in DTYPES:
         raise EdgepruneError(f"unknown dtype {options.dtype!r}; expected {', '.join(DTYPES)}")
     least = {

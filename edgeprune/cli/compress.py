@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,9 +27,10 @@ from edgeprune.cli.options import (
     CHECKPOINT,
     DEFAULT_WINDOW,
     DENSE,
+    GRAPH_SOURCE_HELP,
     OUTPUT_KIND,
     REPORT_FILE,
-    SPARSITY_REFIT,
+    TARGET_HELP,
     Options,
     chosen_preset,
     graded_sequences,
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from edgeprune.pruning import Settings
     from edgeprune.sources import Source
     from edgeprune.streaming import Decoder
-    from edgeprune_export.quantize import Precision
+    from edgeprune_export.gptq import RoundingData
+    from edgeprune_export.targets import Choice
     from edgeprune_runtime.report import Report
 
 PRUNING, ZEROS, CALIBRATING, MEASURING = "How to prune", "Zeros", "Calibration text", "Checks at the end"
@@ -100,7 +101,7 @@ def compress(
         typer.Option(
             metavar="MODE",
             help="Of o_proj and down_proj: least-squares; reconstruct (then the whole MLP); intercept (and a bias), "
-            f"bias (alone), none; {_of_presets('refit')} Of sparse Linears: {SPARSITY_REFIT}.",
+            f"bias (alone), none; {_of_presets('refit')} Of sparse Linears: none after alps, else least-squares.",
             show_default=False,
             rich_help_panel=PRUNING,
         ),
@@ -196,14 +197,16 @@ def compress(
         str,
         typer.Option(help="Of the statistics: auto (the fastest here), float32 or bfloat16.", rich_help_panel=PRUNING),
     ] = "auto",
-    graph_source: Annotated[str, typer.Option(help="Graph builder: auto, decoder or traced.")] = "auto",
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP, show_default=False)] = None,
+    graph_source: Annotated[str, typer.Option(help=f"Graph builder: {GRAPH_SOURCE_HELP}")] = "auto",
     precision: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Of the pruned bundle: fp32, int8, int4, or several joined by commas; the first is measured, against "
-            "the dense model in float32."
+            help="Of the pruned bundle: fp32, fp16, int8, int8-dynamic, int4, several joined by commas; the first is "
+            "measured, against the dense model in float32; default: the target's, else fp32.",
+            show_default=False,
         ),
-    ] = "fp32",
+    ] = None,
     eval_text: Annotated[
         Path | None,
         typer.Option(
@@ -307,7 +310,7 @@ def compress(
         sparsity_method=sparsity_method,
         sparsity_scope=sparsity_scope,
         sparsity_layout=sparsity_layout,
-        sparsity_refit=refit or SPARSITY_REFIT,
+        sparsity_refit=refit,
         align=align,
         min_channels=min_channels,
         calibration=calibration,
@@ -316,6 +319,7 @@ def compress(
         gradient_sequences=chosen.gradient_sequences,
         seed=seed,
         dtype=dtype,
+        target=target,
         graph_source=graph_source,
         precision=precision,
         eval_text=eval_text,
@@ -371,10 +375,12 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     from edgeprune.cli.verdict import SPARSE_REFIT_TABLE, only_refit, plan_report, short, with_refit, with_zeros
     from edgeprune.groups import layer_widths
     from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
-    from edgeprune.sources import load_tokenizer, open_source
+    from edgeprune.sources import count_parameters, load_tokenizer, open_source
     from edgeprune.sparsify import sparsify
-    from edgeprune_export.exporting import check_precisions, graph_source_of
-    from edgeprune_export.quantize import parse_precisions
+    from edgeprune_export.exporting import check_precisions
+    from edgeprune_export.gptq import RoundingData
+    from edgeprune_export.model_card import Origin, add_results, measured_results
+    from edgeprune_export.targets import check_names, choose
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import atomic_folder
 
@@ -385,7 +391,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     if options.ratio or sparsity is None:
         settings.check()
         settings.check_sequences(options.calibration_sequences)
-    precisions = parse_precisions(options.precision)
+    check_names(options.target, options.precision)
     check_measuring(options)
     memory_bytes = parse_size(options.memory) if options.memory is not None else None
     max_memory_bytes = parse_size(options.max_memory) if options.max_memory is not None else None
@@ -393,7 +399,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     check_output_folder(options)
     source = open_source(options.model, options.trust_remote_code)
     settings.check_for(source.model_type)
-    graph_source = graph_source_of(source.model_type, options.graph_source)
+    choice = choose(options.target, source.model_type, graph_source=options.graph_source, precision=options.precision)
     stages = Stages(options.quiet)
     judged: Report | None = None
 
@@ -406,7 +412,10 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             dtype = find_dtype(options.dtype, journal, ranks)
             footprint = fit_memory(options, settings, sparsity, decoder, dtype, max_memory_bytes)
             decoder.keeps_blocks = footprint.keeps_blocks
-            check_precisions(precisions, graph_source, decoder.config)
+            check_precisions(choice.precisions, choice.graph_source, decoder.config)
+            if choice.target is not None:
+                kept_parameters = round((1 - options.ratio) * count_parameters(decoder.model))
+                choice.target.check_size(kept_parameters, choice.precisions)
             if sparsity is not None:
                 sparsity.check_for(decoder.config, decoder.groups)
             check_fits(options, decoder, tokenizer, text, footprint, journal)
@@ -486,8 +495,11 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                     report = with_zeros(report, saved.zeros, "the checkpoint")
                     # the exports load what they need; all of it at once would be too much for a small machine
                     del decoder, stats
-                    _export(folder, dense, source, graph_source, precisions, stages)
-                    report = judge(options, folder, plan, report, text or held_out, memory_bytes, stages)
+                    rounding = RoundingData(gathered, dtype, journal)
+                    _export(folder, dense, source, choice, rounding, stages)
+                    variants = [precision.name for precision in choice.precisions]
+                    report = judge(options, folder, plan, report, text or held_out, memory_bytes, stages, variants)
+                    add_results(folder / BUNDLE, measured_results(report), Origin.of_source(source))
                 _show(report, as_json=options.as_json, is_last=True, shown=short(report))
                 _say_next(options)
                 judged = report
@@ -507,22 +519,35 @@ def _export(
     folder: Path,
     dense: Path,
     source: "Source",
-    graph_source: str,
-    precisions: "Sequence[Precision]",
+    choice: "Choice",
+    rounding: "RoundingData",
     stages: "Stages",
 ) -> None:
     """The ONNX bundles of the pruned checkpoint, and of the dense model to compare with."""
     from edgeprune_export.exporting import export
+    from edgeprune_export.model_card import Origin
 
+    origin = Origin.of_source(source)
     with stages.stage("export the dense model to compare with") as step:
-        export(dense, folder / DENSE, graph_source=graph_source, name=f"{source.name} (dense)", progress=step)
+        export(
+            dense,
+            folder / DENSE,
+            graph_source=choice.graph_source,
+            name=f"{source.name} (dense)",
+            origin=origin,
+            progress=step,
+        )
     with stages.stage("export to ONNX and check it against torch") as step:
         manifest = export(
             folder / CHECKPOINT,
             folder / BUNDLE,
-            graph_source=graph_source,
+            graph_source=choice.graph_source,
             name=f"{source.name} (pruned)",
-            precisions=precisions,
+            precisions=choice.precisions,
+            rounding=rounding,
+            target=choice.target,
+            notes=choice.notes,
+            origin=origin,
             progress=step,
         )
     for note in manifest.notes:

@@ -10,9 +10,12 @@ import typer
 
 from edgeprune.cli import app
 from edgeprune.cli.extras import need
+from edgeprune.cli.options import GRAPH_SOURCE_HELP, TARGET_HELP
 
 if TYPE_CHECKING:
     from edgeprune.cli.stages import Stages
+    from edgeprune_export.gptq import RoundingData
+    from edgeprune_export.targets import Target
     from edgeprune_runtime.bundle import Manifest
 
 
@@ -22,13 +25,16 @@ def export(
         Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a dense or pruned checkpoint.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.", show_default=False)],
-    graph_source: Annotated[
-        str, typer.Option(help="auto, decoder (fused operators, fast) or traced (standard operators).")
-    ] = "auto",
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP, show_default=False)] = None,
+    graph_source: Annotated[str, typer.Option(help=GRAPH_SOURCE_HELP)] = "auto",
     precision: Annotated[
-        str,
-        typer.Option(help="fp32, int8, int4, or several joined by commas: a variant for each, the default one first."),
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="fp32, fp16, int8, int8-dynamic, int4, or several joined by commas: one variant each, the default "
+            "first; default: the target's, else fp32.",
+            show_default=False,
+        ),
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(help="Inputs that share a scale, of int8 and int4; default: 32.", show_default=False),
@@ -48,11 +54,47 @@ def export(
             show_default=False,
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            "-c",
+            help=r"Text that int4 weights are fitted to while they are rounded: a .txt or .jsonl file, or "
+            r"hf:DATASET\[/CONFIG][:SPLIT]; default: none, each is rounded to the nearest.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_sequences: Annotated[int, typer.Option(help="Sequences of that text.")] = 64,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
     name: Annotated[
         str | None, typer.Option(help="What to call the model; default: from the checkpoint.", show_default=False)
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to compare on; default: a few built-in paragraphs.", show_default=False)
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate of rounded variants: perplexity against float32; default: fp16 1.01, int8 1.03, "
+            "int8-dynamic 1.05, int4 1.5.",
+            show_default=False,
+        ),
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate of rounded variants: share of positions with float32's likeliest token; default: fp16 0.97, "
+            "int8 0.94, int8-dynamic 0.92, int4 0.5.",
+            show_default=False,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that the export may take, such as 2GiB: a model that does not fit is checked block by block; "
+            "default: half of this machine's.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is complete.")
@@ -64,35 +106,54 @@ def export(
     need("compress", "torch", "transformers", "safetensors", "onnx", "onnx_ir")
     from edgeprune.cli.stages import Stages
     from edgeprune.configs import load_config
-    from edgeprune_export.exporting import check_bundle, graph_source_of
+    from edgeprune_export.exporting import check_bundle
     from edgeprune_export.exporting import export as write_bundle
-    from edgeprune_export.quantize import parse_precisions
+    from edgeprune_export.model_card import Origin
+    from edgeprune_export.quantize import with_gates
+    from edgeprune_export.targets import choose
     from edgeprune_runtime.errors import GateError
+    from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.text import read_text
 
-    precisions = parse_precisions(
-        precision, block_size=block_size, is_symmetric=symmetric, accuracy_level=accuracy_level
-    )
     check_bundle(output, force=force)
-    graph_source_of(load_config(checkpoint).model_type, graph_source)
+    choice = choose(
+        target,
+        load_config(checkpoint).model_type,
+        graph_source=graph_source,
+        precision=precision,
+        block_size=block_size,
+        is_symmetric=symmetric,
+        accuracy_level=accuracy_level,
+    )
+    precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement)
+    max_memory_bytes = None if max_memory is None else parse_size(max_memory)
     texts = None if text is None else [read_text(text).text]
     stages = Stages(quiet)
     with _stock_form(checkpoint, output, stages) as folder:
         if folder != checkpoint:
             name = name or checkpoint.resolve().name
+        rounding = None
+        if calibration is not None and any(each.is_data_aware for each in precisions):
+            with stages.stage("calibration text"):
+                rounding = _rounding_data(folder, calibration, calibration_sequences, calibration_tokens)
         with stages.stage("export to ONNX and check it against torch") as step:
             manifest = write_bundle(
                 folder,
                 output,
-                graph_source=graph_source,
+                graph_source=choice.graph_source,
                 force=force,
                 name=name,
                 texts=texts,
                 precisions=precisions,
+                rounding=rounding,
+                max_memory_bytes=max_memory_bytes,
+                target=choice.target,
+                notes=choice.notes,
+                origin=Origin.of_folder(checkpoint),  # `folder` may be a converted copy, which has no card
                 progress=step,
             )
     if not quiet:
-        _say(output, manifest)
+        _say(output, manifest, choice.target)
     if as_json:
         typer.echo(json.dumps({"bundle": str(output), **manifest.to_json()}))
     if left_out := [each.name for each in precisions if each.name not in manifest.variants]:
@@ -123,7 +184,21 @@ def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Pa
         yield folder
 
 
-def _say(output: Path, manifest: "Manifest") -> None:
+def _rounding_data(checkpoint: Path, spec: str, sequences: int, length_tokens: int) -> "RoundingData":
+    """The calibration text of a checkpoint."""
+    from edgeprune.calibration import gather
+    from edgeprune.checkpoint import open_decoder
+    from edgeprune.precision import fastest_dtype
+    from edgeprune.sources import load_tokenizer, open_source
+    from edgeprune_export.gptq import RoundingData
+
+    tokenizer = load_tokenizer(open_source(str(checkpoint)))
+    decoder = open_decoder(checkpoint)
+    found = gather(spec, tokenizer, decoder, sequences=sequences, length_tokens=length_tokens)
+    return RoundingData(found, fastest_dtype())
+
+
+def _say(output: Path, manifest: "Manifest", target: "Target | None") -> None:
     from edgeprune_export.sparsity_check import found_zeros
 
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
@@ -155,4 +230,7 @@ def _say(output: Path, manifest: "Manifest") -> None:
         )
     for note in manifest.notes:
         typer.echo(f"note: {note}", err=True)
-    typer.echo(f'next: edgeprune run {output} --prompt "..."   or   edgeprune bench {output}', err=True)
+    provider = "" if target is None or target.provider == "cpu" else f" --provider {target.provider}"
+    typer.echo(
+        f'next: edgeprune run {output}{provider} --prompt "..."   or   edgeprune bench {output}{provider}', err=True
+    )

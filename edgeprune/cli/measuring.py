@@ -26,9 +26,9 @@ def judge(
     text: "Text | Calibration",
     memory_bytes: int | None,
     stages: "Stages",
+    variants: Sequence[str],
 ) -> "Report":
-    """Measure both bundles, and write the verdict beside them."""
-    from edgeprune.calibration import Calibration
+    """Measure both bundles, and write the verdict beside them; `variants` are what the pruned one was to have."""
     from edgeprune.cli.verdict import Gates, verdict_report, with_zeros
     from edgeprune_export.sparsity_check import found_zeros
     from edgeprune_runtime.bundle import open_bundle
@@ -41,7 +41,7 @@ def judge(
     manifest = open_bundle(folder / BUNDLE).manifest
     fits += [
         Verdict(f"{name} is not in the bundle: its rounded weights lose too much", passed=False)
-        for name in options.precision.replace(" ", "").split(",")
+        for name in variants
         if name not in manifest.variants
     ]
     compressed = None
@@ -51,13 +51,12 @@ def judge(
             compressed = _compressed_bytes(folder / DENSE), _compressed_bytes(folder / BUNDLE)
     if not options.keep_dense:
         shutil.rmtree(folder / DENSE)
-    is_held_out = isinstance(text, Calibration)
     report = verdict_report(
         plan,
         planned,
         perplexities,
         measured,
-        text=f"held-out part of the calibration text ({text.source})" if is_held_out else str(options.eval_text),
+        text=options.eval_text.name if options.eval_text else f"held-out part of the calibration text ({text.source})",
         seconds=stages.seconds,
         gates=Gates(options.max_perplexity_ratio, options.min_decode_speedup),
         fits=fits,

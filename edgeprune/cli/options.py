@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
 OUTPUT_KIND = "an output of compress"
 DEFAULT_WINDOW = 1024
-SPARSITY_REFIT = "least-squares"
-"""Of sparse Linears in every preset. Reconstructed on top, SmolLM2 has a tenth less perplexity and loses a third of its
-accuracy on LAMBADA: too much of the calibration text."""
+TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "webgpu", "wasm", "mobile", "genai")
+"""The files of `edgeprune_export.targets`, which a device's commands must not import."""
+
+TARGET_HELP = (
+    f"What the bundle is for: {', '.join(TARGETS)}; chooses variants, operators and packaging. An unknown name lists "
+    "what each does."
+)
+GRAPH_SOURCE_HELP = (
+    "auto, decoder (fused operators, fast), traced (standard operators) or plain (the simplest operators)."
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Options:
     sparsity_method: str | None
     sparsity_scope: str | None
     sparsity_layout: str | None
-    sparsity_refit: str
+    sparsity_refit: str | None
     align: int
     min_channels: int
     calibration: str | None
@@ -47,8 +54,9 @@ class Options:
     gradient_sequences: int
     seed: int
     dtype: str
+    target: str | None
     graph_source: str
-    precision: str
+    precision: str | None
     eval_text: Path | None
     eval_rows_joined: bool
     eval_window: int | None
@@ -111,7 +119,7 @@ def sparsity_of(options: Options) -> "Sparsity | None":
     Raises:
         EdgepruneError: if something of it is asked for, but no pattern.
     """
-    from edgeprune.sparsify import Sparsity
+    from edgeprune.sparsify import Sparsity, default_refit
     from edgeprune_runtime.errors import EdgepruneError
 
     given = {
@@ -127,7 +135,8 @@ def sparsity_of(options: Options) -> "Sparsity | None":
                 "--sparsity 2:4"
             )
         return None
-    refit = cast("Refit", options.sparsity_refit)  # check() says so if it is none
+    # check() says so if the user's is none
+    refit = cast("Refit | None", options.sparsity_refit) or default_refit(changes.get("method", Sparsity.method))
     return Sparsity(options.sparsity, **changes, refit=refit)
 
 

@@ -8,7 +8,8 @@ One file per method; to add one, imitate `wanda.py`:
    what stays. `side` is the dimension along which blocks lie;
 3. `SIDES` (optional) names the side, by layout, of the Linears that make the channels of a gated MLP (gate, up), where
    that is not "in" in every layout;
-4. `notes(layout, scope, has_gate)` (optional) says in sentences where the method is not what its name promises.
+4. `REFIT` (optional) is what `--refit` is if the user does not say; without it, "least-squares";
+5. `notes(layout, scope, has_gate)` (optional) says in sentences where the method is not what its name promises.
 
 What all methods share: the walk over the blocks, the refit of what stays, and the checks (`edgeprune.sparsify`).
 """

@@ -31,7 +31,7 @@ DAMPING = 0.01
 def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
     """The weight `(D, K)` with zeros, and with what stays changed to make up for them."""
     assert side == "in", "columns are blocks of inputs"
-    weight, upper = _without_dead(evidence.weight, known(evidence.gram))
+    weight, upper = without_dead(evidence.weight, known(evidence.gram))
     for begin in range(0, weight.shape[1], COLUMNS):
         end = min(begin + COLUMNS, weight.shape[1])
         stretch, factor = weight[:, begin:end], upper[begin:end, begin:end]  # a view: what happens to it stays
@@ -50,7 +50,7 @@ def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
     return weight
 
 
-def _without_dead(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def without_dead(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A copy of the weight without what reads dead inputs, and the upper factor of the inverse of H, float32."""
     system = gram.double()
     diagonal = system.diagonal()

@@ -31,11 +31,12 @@ from edgeprune_export import interface
 from edgeprune_export.external_data import ExternalData
 from edgeprune_export.graph_writer import MICROSOFT, Attributes, GraphWriter, Table
 from edgeprune_export.positions import layer_kind, rotary_tables, uses_rope, window_of
-from edgeprune_export.quantize import FLOAT32, Precision
-from edgeprune_export.weights import Array, Weights
+from edgeprune_export.quantize import RoundedWeights
+from edgeprune_export.weights import Array
 from edgeprune_runtime.errors import EdgepruneError
 
 IR_VERSION = 10
+FIRST_NORM = "model.layers.0.input_layernorm"
 
 # GroupQueryAttention rotates stretches of this granularity only; others are rotated by an operator before it.
 ROTARY_ALIGNMENT = 16
@@ -116,34 +117,48 @@ class _Rotary:
 
 
 def build(
-    weights: Weights,
-    data: ExternalData,
-    on_layer: Callable[[float], None] = lambda share: None,
-    precision: Precision = FLOAT32,
+    rounded: RoundedWeights, data: ExternalData, on_layer: Callable[[float], None] = lambda share: None
 ) -> ir.Model:
-    """The graph of a checkpoint; its weights are appended to `data` on the way, and `on_layer` hears the share done.
+    """The graph of a checkpoint's weights in a precision; they are appended to `data`, one at a time.
+
+    `on_layer` hears the share that is done.
 
     Raises:
         EdgepruneError: if the model has something these operators cannot express.
     """
-    return _Builder(weights, data, precision).build(on_layer)
+    return _Builder(rounded, data).build(on_layer)
+
+
+def boundaries(model: ir.Model, layers: int) -> list[tuple[str, ...]]:
+    """What flows between the blocks of a graph that `build` made: values in front of each, and behind the last.
+
+    They are the sum of what came before, and the same normed; behind the last block only this is read.
+    """
+    first_norm = model.graph.node(FIRST_NORM)
+    residual = first_norm.inputs[0]
+    assert residual is not None, "a norm has something to norm"
+    found: list[tuple[str, ...]] = [(residual.name or "", f"{FIRST_NORM}/output")]
+    for layer in range(1, layers):
+        norm = f"model.layers.{layer}.input_layernorm"
+        found.append((f"{norm}/residual", f"{norm}/output"))
+    return [*found, ("model.norm/output",)]
 
 
 class _Builder(GraphWriter):
-    def __init__(self, weights: Weights, data: ExternalData, precision: Precision) -> None:
-        super().__init__(weights, data, precision)
-        self._config: Any = weights.config
-        self._traits = _Traits.of(weights.model)
-        self._widths = weights.layer_widths()
+    def __init__(self, rounded: RoundedWeights, data: ExternalData) -> None:
+        super().__init__(rounded, data)
+        self._config: Any = self.weights.config
+        self._traits = _Traits.of(self.weights.model)
+        self._widths = self.weights.layer_widths()
 
     def build(self, on_layer: Callable[[float], None]) -> ir.Model:
         ids, mask = self.input(*interface.INPUT_IDS), self.input(*interface.ATTENTION_MASK)
         shared = self._shared(ids, mask)
         residual, embedding = self.lookup(ids, "model.embed_tokens")
         if self._traits.embedding_scale != 1.0:
-            scale = self.constant("embedding_scale", np.array(self._traits.embedding_scale, np.float32))
+            scale = self.scalar("embedding_scale", self._traits.embedding_scale)
             residual = self.op("Mul", [residual, scale], "model.embed_tokens/scaled")
-        normed = self._norm(residual, "model.layers.0.input_layernorm")
+        normed = self._norm(residual, FIRST_NORM)
         presents: list[ir.Value] = []
         for layer, widths in enumerate(self._widths):
             prefix = f"model.layers.{layer}"
@@ -169,6 +184,8 @@ class _Builder(GraphWriter):
             )
             on_layer((layer + 1) / len(self._widths))
         logits = self._lm_head(normed, embedding)
+        if self.dtype != ir.DataType.FLOAT:
+            logits = self.op("Cast", [logits], "logits/float", {"to": ir.DataType.FLOAT.value})
         shape = (*interface.LOGITS_SHAPE, self._config.vocab_size)
         self.graph.outputs.append(interface.describe(logits, "logits", ir.DataType.FLOAT, shape))
         self.graph.outputs.extend(presents)
@@ -196,9 +213,9 @@ class _Builder(GraphWriter):
         end = const("end", np.array([np.iinfo(np.int64).max], np.int64))
         positions = op("Slice", [slots, start, end, one], "positions")
 
-        masked = const("masked", np.array(interface.MASKED, np.float32))
-        present = op("Cast", [mask], "mask/present", {"to": ir.DataType.FLOAT.value})
-        absent = op("Sub", [const("one_f32", np.array(1, np.float32)), present], "mask/absent")
+        masked = self.scalar("masked", interface.masked(self.dtype))
+        present = op("Cast", [mask], "mask/present", {"to": self.dtype.value})
+        absent = op("Sub", [self.scalar("one_float", 1), present], "mask/absent")
         penalty = op("Mul", [absent, masked], "mask/penalty")
         rows = op("Unsqueeze", [penalty, const("rows", np.array([1, 2], np.int64))], "mask/rows")
         bias_shape = op("Concat", [batch, one, tokens, total], "mask/bias_shape", {"axis": 0})
@@ -240,7 +257,7 @@ class _Builder(GraphWriter):
         """What o_proj reads, and the layer's new keys and values."""
         prefix = f"model.layers.{layer}.self_attn"
         pasts = [
-            self.input(interface.past_name(layer, part), ir.DataType.FLOAT, interface.past_shape(widths))
+            self.input(interface.past_name(layer, part), self.dtype, interface.past_shape(widths))
             for part in interface.PARTS
         ]
         rotary = shared.tables.get(layer_kind(self._config, layer)) or shared.tables.get(None)
@@ -275,7 +292,7 @@ class _Builder(GraphWriter):
         output.name = f"{prefix}/output"
         for value, part in zip(presents, interface.PARTS, strict=True):
             name = interface.present_name(layer, part)
-            interface.describe(value, name, ir.DataType.FLOAT, interface.present_shape(widths))
+            interface.describe(value, name, self.dtype, interface.present_shape(widths))
         return output, presents
 
     def _qkv(
@@ -368,7 +385,7 @@ class _Builder(GraphWriter):
             logits = self.linear(x, "lm_head")
         if self._traits.logit_softcap is None:
             return logits
-        cap = self.constant("logit_softcap", np.array(self._traits.logit_softcap, np.float32))
+        cap = self.scalar("logit_softcap", self._traits.logit_softcap)
         squeezed = self.op("Tanh", [self.op("Div", [logits, cap], "lm_head/divided")], "lm_head/tanh")
         return self.op("Mul", [squeezed, cap], "lm_head/softcap")
 

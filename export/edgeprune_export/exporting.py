@@ -3,33 +3,40 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx_ir as ir
-from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 
 import edgeprune_runtime
-from edgeprune.checkpoint import load_pruned
+from edgeprune.checkpoint import load_pruned, open_decoder
 from edgeprune.configs import LAYOUT_KEY, UNSAFE_CONFIG_KEYS, architecture, load_config, stock_config
+from edgeprune.journal import Journal
 from edgeprune.plan import PLAN_FILE, PrunePlan
 from edgeprune.shrink import LinearShape, linear_of
 from edgeprune.weights import read_json
 from edgeprune_export import decoder, traced
 from edgeprune_export.external_data import ExternalData
-from edgeprune_export.fidelity import FidelityError, check_fidelity
+from edgeprune_export.fidelity import FidelityError
 from edgeprune_export.genai import genai_config
-from edgeprune_export.golden import golden_cases
+from edgeprune_export.gptq import RoundingData, round_blocks
 from edgeprune_export.graph_check import check_graph
-from edgeprune_export.parity import check_parity
+from edgeprune_export.graph_sources import GRAPH_SOURCES as GRAPH_SOURCES
+from edgeprune_export.graph_sources import graph_source_of
+from edgeprune_export.model_card import LICENCE_FILES, Origin, write_card
 from edgeprune_export.positions import check_causal, check_rope, context_note, context_tokens
-from edgeprune_export.quantize import BLOCK_SIZES, FLOAT32, Precision, round_weights
-from edgeprune_export.sample_text import DEFAULT_TEXT, tokenize
+from edgeprune_export.proving import BY_BLOCKS, needs_blocks, prove
+from edgeprune_export.quantize import BLOCK_SIZES, FLOAT32, Precision, RoundedWeights
+from edgeprune_export.sample_text import DEFAULT_TEXT
 from edgeprune_export.sparsity_check import check_zeros
+from edgeprune_export.targets import Target
 from edgeprune_export.weights import Weights
 from edgeprune_runtime.bundle import (
     CHAT_TEMPLATE_FILE,
@@ -53,14 +60,13 @@ from edgeprune_runtime.bundle import (
     transformers_js_dtype,
 )
 from edgeprune_runtime.errors import EdgepruneError, GateError
-from edgeprune_runtime.golden import save_golden
 from edgeprune_runtime.output import atomic_folder, check_output, check_space
 
 Progress = Callable[[str, float], None]
 """Hears the name of a stage and the share of it that is done."""
 
-GRAPH_SOURCES = ("auto", "decoder", "traced")
-STAGES = ("graph", "parity", "golden", "manifest")
+STAGES = ("rounding", "graph", "exactness", "parity", "packaging", "manifest")
+"""In order; an export has those that it needs."""
 BUNDLE_KIND = "a bundle"
 
 REQUIRED_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
@@ -72,6 +78,7 @@ OPTIONAL_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "vocab.json",
+    *LICENCE_FILES,
 )
 
 # Room for the graph, tokenizer and golden data beside the weights.
@@ -88,6 +95,11 @@ def export(
     name: str | None = None,
     texts: Sequence[str] | None = None,
     precisions: Sequence[Precision] = (FLOAT32,),
+    rounding: RoundingData | None = None,
+    target: Target | None = None,
+    notes: Sequence[str] = (),
+    origin: Origin | None = None,
+    max_memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the bundle of a checkpoint folder and return its manifest.
@@ -102,6 +114,12 @@ def export(
         precisions: One variant for each, the default one first. One whose weights are rounded is compared with a torch
             model of the same weights, and with the float32 model. Of several, one whose weights lose too much by that
             is left out, which the manifest's notes say.
+        rounding: Text that weights of few bits are fitted to while they are rounded; None rounds each to the nearest.
+        target: What the bundle is made for; what it chooses of the above is `targets.choose`'s business.
+        notes: More sentences for the manifest.
+        origin: Where the model comes from, for the model card; None takes it from the checkpoint's own card.
+        max_memory_bytes: What this may take; a model that does not fit is proven block by block. None: half of this
+            machine's.
         progress: Hears how far each of `STAGES` is.
 
     Raises:
@@ -123,8 +141,11 @@ def export(
         _check_inside(checkpoint, file)
     weights = Weights(checkpoint)
     parameters = Parameters(*weights.count_parameters())
+    by_blocks = needs_blocks(parameters.all, source, max_memory_bytes)
+    if target is not None:
+        target.check_size(parameters.all, precisions)
     check_space(out, sum(precision.bits for precision in precisions) * parameters.all // 8 + SPARE_BYTES)
-    with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder:
+    with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder, ExitStack() as stack:
         plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
         failed: list[str] = []
         records: dict[str, FileRecord] = {}
@@ -135,9 +156,16 @@ def export(
             def told(stage: str, share: float, name: str = precision.name) -> None:
                 report(stage if len(precisions) == 1 else f"{name}, {stage}", share)
 
-            record, found = _write_graph(folder, checkpoint, weights, source, precision, plan, told)
+            rounded = RoundedWeights(weights, precision)
+            if precision.is_data_aware and rounding is not None:
+                data = rounding if rounding.journal else replace(rounding, journal=stack.enter_context(_journal(out)))
+                ready = round_blocks(open_decoder(checkpoint), precision, data, partial(told, "rounding"))
+                rounded = replace(rounded, ready=ready)
+            record, found = _write_graph(folder, checkpoint, rounded, source, plan, told)
             try:
-                variants[precision.name] = _prove(folder, checkpoint, source, precision, texts or (DEFAULT_TEXT,), told)
+                variants[precision.name] = prove(
+                    folder, checkpoint, source, rounded, texts or (DEFAULT_TEXT,), told, by_blocks=by_blocks
+                )
             except FidelityError as error:
                 failed.append(str(error))
                 for file in (graph_file(precision.name), data_file(precision.name)):
@@ -147,9 +175,29 @@ def export(
         if not variants:
             raise GateError("; ".join(failed))
         manifest = replace(_manifest(checkpoint, weights, parameters, variants, plan, name), results=found)
-        manifest = replace(manifest, notes=(*manifest.notes, *(f"not written: {reason}" for reason in failed)))
+        manifest = replace(
+            manifest,
+            target=target.name if target else None,
+            notes=(
+                *manifest.notes,
+                *((BY_BLOCKS,) if by_blocks else ()),
+                *(target.sentences if target else ()),
+                *notes,
+                *(f"not written: {reason}" for reason in failed),
+            ),
+        )
         _write_files(folder, checkpoint, config, manifest)
-        return _sealed(folder, manifest, records, report)
+        if target is not None and target.package is not None:
+            report("packaging", 0.0)
+            manifest = target.package(folder, manifest)
+        return _sealed(folder, manifest, records, origin or Origin.of_folder(checkpoint), report)
+
+
+@contextmanager
+def _journal(out: Path) -> Iterator[Journal]:
+    """A journal on disk beside an output, for as long as the code inside runs."""
+    with TemporaryDirectory(prefix=f".{out.name}.", suffix=".part", dir=out.parent) as folder:
+        yield Journal(Path(folder))
 
 
 def check_bundle(out: Path, *, force: bool) -> None:
@@ -161,24 +209,6 @@ def check_bundle(out: Path, *, force: bool) -> None:
     check_output(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND)
 
 
-def graph_source_of(model_type: str, wanted: str = "auto") -> GraphSource:
-    """Who builds the graph of a model; "auto" asks its architecture file.
-
-    Raises:
-        EdgepruneError: if there is no such builder, or it does not know the architecture.
-    """
-    source: GraphSource = architecture(model_type).SOURCE
-    if wanted == "auto":
-        return source
-    if wanted == "traced":
-        return "traced"
-    if wanted != "decoder":
-        raise EdgepruneError(f"unknown graph source {wanted!r}; expected {', '.join(GRAPH_SOURCES)}")
-    if source != "decoder":
-        raise EdgepruneError(f"the decoder graph does not know {model_type!r}; use --graph-source traced")
-    return "decoder"
-
-
 def check_precisions(precisions: Sequence[Precision], source: GraphSource, config: PreTrainedConfig) -> None:
     """Check that a model's graph can have these precisions; call it before any long work.
 
@@ -186,14 +216,14 @@ def check_precisions(precisions: Sequence[Precision], source: GraphSource, confi
         EdgepruneError: naming the one that it cannot have.
     """
     for precision in precisions:
-        if not precision.is_quantised:
+        if not precision.is_rounded:
             continue
         if source != "decoder":
             raise EdgepruneError(
-                f"precision {precision.name} is made by the decoder graph, and {config.model_type} has the traced one; "
-                "expected --precision fp32"
+                f"precision {precision.name} is made by the decoder graph, and {config.model_type} has the {source} "
+                "one; expected --precision fp32"
             )
-        if config.hidden_size % precision.block_size:
+        if precision.has_blocks and config.hidden_size % precision.block_size:
             raise EdgepruneError(
                 f"--block-size {precision.block_size} does not divide the hidden_size {config.hidden_size}, which "
                 "the embedding is stored in; expected one of "
@@ -218,23 +248,23 @@ def _check_inside(checkpoint: Path, file: str) -> None:
 def _write_graph(
     folder: Path,
     checkpoint: Path,
-    weights: Weights,
+    rounded: RoundedWeights,
     source: GraphSource,
-    precision: Precision,
     plan: PrunePlan | None,
     report: Progress,
 ) -> tuple[FileRecord, dict[str, Any]]:
     """Write graph and weights of a variant; their record, and what was counted in them."""
+    weights, precision = rounded.weights, rounded.precision
     found: dict[str, Any] = {}
     graph = folder / graph_file(precision.name)
     graph.parent.mkdir(exist_ok=True)
     report("graph", 0.0)
     with ExternalData(folder / data_file(precision.name)) as data:
         if source == "decoder":
-            model = decoder.build(weights, data, lambda share: report("graph", share), precision)
+            model = decoder.build(rounded, data, partial(report, "graph"))
         else:
-            model = traced.build(load_pruned(checkpoint), weights.layer_widths(), data)
-        check_graph(model, weights)
+            model = traced.build(load_pruned(checkpoint), weights.layer_widths(), data, is_plain=source == "plain")
+        check_graph(model, weights, is_plain=source == "plain")
     if plan is not None and plan.sparsity is not None:
         outputs = {name: LinearShape.of(linear_of(weights.model, name)).out_features for name in plan.sparsity.sides}
         zeros = check_zeros(model.graph, plan.sparsity, outputs)
@@ -242,46 +272,6 @@ def _write_graph(
     ir.save(model, graph)
     report("graph", 1.0)
     return FileRecord(data.sha256, data.size_bytes), found
-
-
-def _prove(
-    folder: Path,
-    checkpoint: Path,
-    source: GraphSource,
-    precision: Precision,
-    texts: Sequence[str],
-    report: Progress,
-) -> Variant:
-    """Hold a variant's graph against its torch model, and write what a device will hold it against.
-
-    Raises:
-        GateError: if it computes something else, or its rounded weights are not good enough.
-    """
-    tokenizer = Tokenizer.from_file(str(checkpoint / TOKENIZER_FILE))
-    tokenizer.no_truncation()
-    sequences = tokenize(tokenizer, texts)
-    graph = folder / graph_file(precision.name)
-    report("parity", 0.0)
-    model = load_pruned(checkpoint)
-    fidelity = {}
-    if precision.is_quantised:
-        fidelity = check_fidelity(model, graph, sequences, precision).to_dict()
-        round_weights(model, precision)
-    parity = check_parity(
-        model, graph, sequences, tolerance=precision.tolerance, on_check=lambda share: report("parity", share)
-    )
-    report("golden", 0.0)
-    save_golden(folder / golden_file(precision.name), golden_cases(model, sequences))
-    report("golden", 1.0)
-    return Variant(
-        graph=graph_file(precision.name),
-        data=(data_file(precision.name),),
-        graph_source=source,
-        tolerance=parity.tolerance,
-        parity=cast("Mapping[str, Any]", parity.to_dict()),
-        fidelity=cast("Mapping[str, Any]", fidelity),
-        golden=golden_file(precision.name),
-    )
 
 
 def _manifest(
@@ -342,6 +332,8 @@ def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manif
     for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
         if (checkpoint / file).is_file():
             shutil.copyfile(checkpoint / file, folder / file)
+    if (folder / CHAT_TEMPLATE_FILE).exists():
+        _state_chat_template(folder)
     data = stock_config(read_json(checkpoint / CONFIG_FILE), str(checkpoint))
     for key in (UNSAFE_CONFIG_KEYS | {LAYOUT_KEY}) & set(data):
         del data[key]
@@ -359,16 +351,29 @@ def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manif
     _write_json(folder / GENAI_CONFIG_FILE, genai_config(manifest, variant=manifest.default_variant))
 
 
+def _state_chat_template(folder: Path) -> None:
+    """Write the chat template into the tokenizer's config as well: transformers.js looks for it nowhere else."""
+    try:
+        template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EdgepruneError(
+            f"{CHAT_TEMPLATE_FILE} of the checkpoint is not UTF-8 text ({error}); save the tokenizer again"
+        ) from error
+    path = folder / TOKENIZER_CONFIG_FILE
+    _write_json(path, {**read_json(path), "chat_template": template})
+
+
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sealed(folder: Path, manifest: Manifest, known: Mapping[str, FileRecord], report: Progress) -> Manifest:
-    """Write the manifest with the records of all files, and return it; `known` saves reading a large file again."""
+def _sealed(
+    folder: Path, manifest: Manifest, known: Mapping[str, FileRecord], origin: Origin, report: Progress
+) -> Manifest:
+    """Write model card and manifest, this with the records of all files; `known` saves reading a large one again."""
     report("manifest", 0.0)
     names = sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
     files = {name: known.get(name) or FileRecord.of(folder / name) for name in names}
-    sealed = replace(manifest, files=files)
-    sealed.save(folder)
+    sealed = write_card(folder, replace(manifest, files=files), origin)
     report("manifest", 1.0)
     return sealed

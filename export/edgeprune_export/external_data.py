@@ -9,11 +9,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-PAGE_BYTES = 4096
 # ONNX Runtime maps an initializer into memory instead of copying it when its offset is a multiple of the allocation
-# granularity, which is 64 KiB on Windows and one page elsewhere. Small tensors are not worth the gap.
-GRANULARITY_BYTES = 65536
-LARGE_TENSOR_BYTES = 1 << 20
+# granularity, which is 64 KiB on Windows and one page elsewhere. Small tensors are not worth the gap: at 4 bits the
+# gaps before scales and zero points would be a hundredth of a small model's file.
+GRANULARITY_BYTES, LARGE_TENSOR_BYTES = 65536, 1 << 20
+PAGE_BYTES, MAPPED_TENSOR_BYTES = 4096, 1 << 16
+CACHE_LINE_BYTES = 64
 
 
 class ExternalData:
@@ -57,7 +58,9 @@ class ExternalData:
 
     def add(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
         """Append one array, aligned, and return the tensor that points at it."""
-        alignment = GRANULARITY_BYTES if array.nbytes >= LARGE_TENSOR_BYTES else PAGE_BYTES
+        alignment = CACHE_LINE_BYTES
+        if array.nbytes >= MAPPED_TENSOR_BYTES:
+            alignment = GRANULARITY_BYTES if array.nbytes >= LARGE_TENSOR_BYTES else PAGE_BYTES
         self._write(bytes(-self._offset % alignment))
         offset = self._offset
         contiguous = np.ascontiguousarray(array)

@@ -4,7 +4,7 @@ Equality of a graph with a torch model of the same rounded weights is the busine
 whether those weights are good enough to be used, and the answer goes into the manifest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from edgeprune_export.parity import GREEDY_PROMPT_TOKENS, GREEDY_TOKENS, Runner, kl_divergence, log_softmax
 from edgeprune_export.positions import context_tokens
 from edgeprune_export.quantize import Precision
-from edgeprune_export.reference import logits_of
+from edgeprune_export.reference import Logits, logits_of
 from edgeprune_export.sample_text import windows
 from edgeprune_runtime.errors import GateError
 
@@ -31,14 +31,14 @@ class Fidelity:
     """A variant against its float32 model, over all `positions` compared.
 
     `argmax_agreement` is the share of positions with the same likeliest token, `mean_kl` is in nats, `greedy_flips` the
-    share of greedy continuations of `greedy_tokens` tokens that are not the same.
+    share of greedy continuations of `greedy_tokens` tokens that are not the same; None where none was made.
     """
 
     perplexity: float
     perplexity_ratio: float
     argmax_agreement: float
     mean_kl: float
-    greedy_flips: float
+    greedy_flips: float | None
     greedy_tokens: int
     positions: int
 
@@ -56,24 +56,48 @@ def check_fidelity(
         FidelityError: if perplexity or agreement are worse than the precision allows.
     """
     runner = Runner(model, graph, None)
-    tokens = min(WINDOW_TOKENS, context_tokens(model.config) - GREEDY_TOKENS)
-    nats, divergences, same, flips = [], [], [], []
-    for text in windows(sequences, count=WINDOWS, tokens=tokens):
-        expected, (found, _) = logits_of(model, text), runner.prefill([text])
-        nats.append([_nats(logits, text) for logits in (expected, found[0])])
-        divergences.append(kl_divergence(expected, found[0]))
-        same.append(expected.argmax(-1) == found[0].argmax(-1))
-        flips.append(_is_flipped(model, runner, text[:GREEDY_PROMPT_TOKENS]))
+    texts = fidelity_texts(sequences, context_tokens(model.config))
+    pairs = ((logits_of(model, text), runner.prefill(text)[0]) for text in texts)
+    flips = [_is_flipped(model, runner, text[:GREEDY_PROMPT_TOKENS]) for text in texts]
+    return judge(measure(texts, pairs, flips), precision)
+
+
+def fidelity_texts(sequences: Sequence[Sequence[int]], context: int) -> list[list[int]]:
+    """The texts that are compared.
+
+    Raises:
+        EdgepruneError: if the sequences hold too few tokens.
+    """
+    return windows(sequences, count=WINDOWS, tokens=min(WINDOW_TOKENS, context - GREEDY_TOKENS))
+
+
+def measure(
+    texts: Sequence[Sequence[int]], pairs: Iterable[tuple[Logits, Logits]], flips: Sequence[bool] = ()
+) -> Fidelity:
+    """Compare logits (T, V) of the float32 model and of the graph, for each text; `flips` are those of the greedy."""
+    nats, divergences, same = [], [], []
+    for text, (expected, found) in zip(texts, pairs, strict=True):
+        nats.append([_nats(logits, text) for logits in (expected, found)])
+        divergences.append(kl_divergence(expected, found))
+        same.append(expected.argmax(-1) == found.argmax(-1))
     before, after = np.concatenate(nats, axis=1).mean(1)
-    fidelity = Fidelity(
+    return Fidelity(
         perplexity=float(np.exp(after)),
         perplexity_ratio=float(np.exp(after - before)),
         argmax_agreement=float(np.concatenate(same).mean()),
         mean_kl=float(np.concatenate(divergences).mean()),
-        greedy_flips=float(np.mean(flips)),
-        greedy_tokens=GREEDY_TOKENS,
+        greedy_flips=float(np.mean(flips)) if flips else None,
+        greedy_tokens=GREEDY_TOKENS if flips else 0,
         positions=sum(map(len, same)),
     )
+
+
+def judge(fidelity: Fidelity, precision: Precision) -> Fidelity:
+    """Let a result pass, or not.
+
+    Raises:
+        FidelityError: saying what was lost.
+    """
     # written so that a NaN fails
     is_good = fidelity.perplexity_ratio <= precision.max_perplexity_ratio
     if is_good and fidelity.argmax_agreement >= precision.min_argmax_agreement:

@@ -15,10 +15,13 @@ from edgeprune_runtime.errors import GateError
 
 ATTENTION_OPERATORS = ("Attention", "GroupQueryAttention")
 _PARAMETER_ENDINGS = (".weight", ".bias")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def check_graph(model: ir.Model, weights: Weights) -> None:
+def check_graph(model: ir.Model, weights: Weights, *, is_plain: bool = False) -> None:
     """Hold a graph's initializers, attention operators and KV inputs against the checkpoint.
+
+    A plain graph has no operator for a whole attention: its heads are in no attribute, only in the shapes of weights.
 
     Raises:
         GateError: naming the first size that the checkpoint does not have.
@@ -26,7 +29,8 @@ def check_graph(model: ir.Model, weights: Weights) -> None:
     widths = weights.layer_widths()
     _check_parameters(model.graph, weights)
     _check_sizes(model.graph, weights, widths)
-    _check_attention(model.graph, widths)
+    if not is_plain:
+        _check_attention(model.graph, widths)
     _check_cache(model.graph, widths)
 
 
@@ -39,7 +43,7 @@ def _check_parameters(graph: ir.Graph, weights: Weights) -> None:
     found = sum(
         prod(_dims(value))
         for name, value in graph.initializers.items()
-        if name.endswith(_PARAMETER_ENDINGS) and value.dtype == ir.DataType.FLOAT
+        if name.endswith(_PARAMETER_ENDINGS) and value.dtype in _FLOATS
     )
     found += sum(rounded_weights(graph).values())
     expected, _ = weights.count_parameters()
@@ -58,12 +62,21 @@ def rounded_weights(graph: ir.Graph) -> dict[str, int]:
             assert value is not None, "it looks up in something"
             rows, stored_bytes = _dims(value)
             count = rows * stored_bytes * 8 // node.attributes["bits"].as_int()
+        elif (value := _of_rows(node)) is not None:
+            count = prod(_dims(value))
         else:
             continue
         assert value is not None, "a product has two factors"
         name = (value.name or "").removesuffix(BLOCKS)
         found[name] = max(found.get(name, 0), count)
     return found
+
+
+def _of_rows(node: ir.Node) -> ir.Value | None:
+    """The weight in whole numbers, with a scale for each row, that a node multiplies by or looks up in."""
+    index = {"MatMulIntegerToFloat": 1, "Gather": 0}.get(node.op_type)
+    value = None if index is None else node.inputs[index]
+    return value if value is not None and value.is_initializer() and value.dtype == ir.DataType.UINT8 else None
 
 
 def _check_sizes(graph: ir.Graph, weights: Weights, widths: list[LayerWidths]) -> None:
@@ -84,13 +97,16 @@ def _check_sizes(graph: ir.Graph, weights: Weights, widths: list[LayerWidths]) -
         (shared if place is None else own[place]).update(shape)
     # A tracer may give a constant that it folded out of a layer a name of its own.
     shared = shared.union(*own.values())
+    of_rows = {value.name for node in graph if (value := _of_rows(node)) is not None}
     for name, value in graph.initializers.items():
         place = layer_of(name)
         # Small integers in the graph are sizes, axes and the like; their values are checked by running it.
         # scales have a size that says how many blocks there are, which no tensor of the checkpoint has
         if name.endswith(SCALES):
             continue
-        if value.dtype == ir.DataType.FLOAT and not set(_dims(value)) <= (shared if place is None else own[place]):
+        if (value.dtype in _FLOATS or name in of_rows) and not set(_dims(value)) <= (
+            shared if place is None else own[place]
+        ):
             where = "the checkpoint" if place is None else f"layer {place} of the checkpoint"
             raise GateError(f"the graph's {name} has the shape {_dims(value)}, which no tensor of {where} has")
 

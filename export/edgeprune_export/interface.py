@@ -23,6 +23,13 @@ PARTS = ("key", "value")
 # Added to the scores of masked keys. Finite, because a row with nothing to attend to (padding before a sequence begins)
 # would turn into NaN with -inf; large enough that exp() of any masked score is 0 in float32.
 MASKED = -1e9
+# Half of what float16 holds, so that a score may still be added to it; exp() of it is 0 too.
+MASKED_HALF = -32752.0
+
+
+def masked(dtype: ir.DataType) -> float:
+    """What is added to the scores of masked keys of a float type."""
+    return MASKED_HALF if dtype == ir.DataType.FLOAT16 else MASKED
 
 
 def past_name(layer: int, part: str) -> str:

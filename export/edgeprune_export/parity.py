@@ -4,6 +4,9 @@ Every way a graph is used is compared on real text: prefill of one token, of an 
 from several split points, one token and several at a time; batches of unequal rows, padded on each side that the bundle
 claims, and decoded after; and the greedy continuation. The torch model sees every sequence alone, unpadded and without
 a cache, so that a mistake in masks, positions or cache cannot be made on both sides alike.
+
+All of it but the greedy continuation is known before anything runs: a list of `Call`s. Whoever cannot hold the whole
+model makes them block by block (`edgeprune_export.block_gate`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +29,7 @@ from edgeprune_runtime.session import ORT_ERRORS, PREFILL_CHUNK_TOKENS, make_ses
 
 # float32 sums in another order differ by 1e-4 of a logit on real models; any real mistake by far more.
 DEFAULT_TOLERANCE = 1e-3
+DEFAULT_MAX_KL = 1e-5
 
 DECODE_TOKENS = 6
 CHUNK_TOKENS = 5
@@ -43,6 +47,7 @@ _KL_ROWS = 32
 
 Side = Literal["left", "right", "mixed"]
 Mask = NDArray[np.int64]
+Cache = NDArray[np.float32 | np.float16]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class ParityResult:
     """
 
     tolerance: float
+    max_kl: float
     max_abs_error: float
     mean_kl: float
     p99_kl: float
@@ -77,6 +83,7 @@ def check_parity(
     sequences: Sequence[Sequence[int]],
     *,
     tolerance: float = DEFAULT_TOLERANCE,
+    max_kl: float = DEFAULT_MAX_KL,
     padding: Padding = "both",
     threads: int | None = None,
     on_check: Callable[[float], None] = lambda share: None,
@@ -88,6 +95,8 @@ def check_parity(
         graph: The ONNX file, its external data beside it.
         sequences: Token ids; together at least a few hundred, each at least two.
         tolerance: Largest absolute error of a logit that counts as equal.
+        max_kl: Largest mean KL divergence, in nats, that counts as equal: where operators round, single logits may move
+            far, and it is this that tells rounding from a mistake.
         padding: The sides on which the bundle claims to take padding.
         threads: Threads of ONNX Runtime; None takes all that are usable.
         on_check: Hears the share of the comparison that is done.
@@ -95,83 +104,141 @@ def check_parity(
     Raises:
         GateError: if the graph does not load or run with the model's shapes, or differs from the model.
     """
-    comparison = _Comparison(tolerance)
     runner = Runner(model, graph, threads)
-    length = min(LONG_TOKENS, context_tokens(model.config))
-    texts = windows(sequences, count=len(BATCH_LENGTHS), tokens=length)
+    texts = parity_texts(sequences, context_tokens(model.config))
+    calls = parity_calls(texts, padding)
+    comparison = Comparison(tolerance, max_kl)
+    references = [logits_of(model, text) for text in texts]
     try:
-        for name, expected, found in _checks(model, runner, texts, padding):
-            comparison.add(name, expected, found)
-            on_check(min(1.0, comparison.positions / _expected_positions(length, padding)))
+        for index, (call, logits) in enumerate(zip(calls, runner.run_all(calls), strict=True)):
+            comparison.add_call(call, references, logits)
+            on_check((index + 1) / len(calls))
         agreement, tokens = _greedy(model, runner, texts[0][:GREEDY_PROMPT_TOKENS], tolerance)
     except ORT_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
-        raise GateError(
-            f"parity of {graph.name} failed: ONNX Runtime cannot run it with the model's shapes ({reason})"
-        ) from error
+        raise shapes_error(graph, error) from error
     result = comparison.result(agreement, tokens)
-    _judge(graph, result)
+    judge(graph, result)
     return result
 
 
-def _judge(graph: Path, result: ParityResult) -> None:
+def shapes_error(graph: Path, error: Exception) -> GateError:
+    """What to say of a graph that does not run."""
+    reason = " ".join(str(error).split())[:300]
+    return GateError(f"parity of {graph.name} failed: ONNX Runtime cannot run it with the model's shapes ({reason})")
+
+
+def judge(graph: Path, result: ParityResult) -> None:
+    """Let a result pass, or not.
+
+    Raises:
+        GateError: saying by how much, and where most.
+    """
     # Written so that a NaN fails.
-    close = all(error <= result.tolerance for error in result.checks.values())
+    close = all(error <= result.tolerance for error in result.checks.values()) and result.mean_kl <= result.max_kl
     if close and result.argmax_errors == 0 and result.greedy_agreement == result.greedy_tokens:
         return
     worst = max(result.checks, key=lambda name: np.nan_to_num(result.checks[name], nan=np.inf))
     raise GateError(
         f"parity of {graph.name} failed: logits differ from the torch model by up to {result.max_abs_error:.3g} "
         f"(tolerance {result.tolerance:g}; worst in {worst!r}), same best token at {result.argmax_agreement:.1%} of "
-        f"{result.positions} positions, mean KL {result.mean_kl:.3g}, greedy {result.greedy_agreement} of "
+        f"{result.positions} positions, mean KL {result.mean_kl:.3g} (at most {result.max_kl:g}), greedy "
+        f"{result.greedy_agreement} of "
         f"{result.greedy_tokens} tokens; the graph must not be used"
     )
 
 
-def _checks(
-    model: PreTrainedModel, runner: "Runner", texts: list[list[int]], padding: Padding
-) -> Iterator[tuple[str, Logits, Logits]]:
-    """(name, expected (P, V), found (P, V)) of each way of use but greedy decoding."""
-    text = texts[0]
-    expected = logits_of(model, text)
+@dataclass(frozen=True)
+class Place:
+    """A stretch of what a call gives, and of the text that it is compared with."""
+
+    row: int
+    columns: slice
+    text: int
+    positions: slice
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a graph: `ids` (B, T) with `mask` (B, slots), behind the cache of an earlier call of the list, if any.
+
+    `name` says which way of use it is. What it gives is compared at `places`.
+    """
+
+    name: str
+    ids: Mask
+    mask: Mask
+    before: int | None
+    places: tuple[Place, ...]
+
+
+def parity_texts(sequences: Sequence[Sequence[int]], context: int) -> list[list[int]]:
+    """The texts that are compared: a long one, and the rows of the batches.
+
+    Raises:
+        EdgepruneError: if the sequences hold too few tokens.
+    """
+    texts = windows(sequences, count=len(BATCH_LENGTHS), tokens=min(LONG_TOKENS, context))
+    rows = [row[: length + BATCH_DECODE_TOKENS] for row, length in zip(texts, BATCH_LENGTHS, strict=True)]
+    return [texts[0], *rows]
+
+
+def parity_calls(texts: Sequence[Sequence[int]], padding: Padding) -> list[Call]:
+    """Every way of use but greedy decoding, on `parity_texts`."""
+    calls: list[Call] = []
+    text, *rows = texts
     for length in (1, min(ODD_TOKENS, len(text) - 1), len(text) - 1):
-        found, state = runner.prefill([text[:length]])
-        yield f"prefill {length}", expected[:length], found[0]
-        yield (
-            f"decode after {length}",
-            expected[length : length + 1],
-            runner.step([text[length : length + 1]], state)[0][0],
-        )
+        add_prefill(calls, f"prefill {length}", text[:length])
+        _add_step(calls, f"decode after {length}", text, length, 1)
     for split in SPLITS:
         if split + DECODE_TOKENS + CHUNK_TOKENS > len(text):
             continue
-        _, state = runner.prefill([text[:split]])
+        add_prefill(calls, f"prefill {split}", text[:split])
         start = split
         for width in (*[1] * DECODE_TOKENS, CHUNK_TOKENS):
-            step = slice(start, start + width)
-            found, state = runner.step([text[step]], state)
-            yield f"decode after {split}", expected[step], found[0]
+            _add_step(calls, f"decode after {split}", text, start, width)
             start += width
-    rows = [row[: length + BATCH_DECODE_TOKENS] for row, length in zip(texts, BATCH_LENGTHS, strict=True)]
-    references = [logits_of(model, row) for row in rows]
     sides: tuple[Side, ...] = ("left", "right", "mixed") if padding == "both" else ("right",)
     for side in sides:
-        yield from _check_batch(runner, rows, references, side)
+        _add_batch(calls, rows, side)
+    return calls
 
 
-def _check_batch(
-    runner: "Runner", rows: list[list[int]], references: list[Logits], side: Side
-) -> Iterator[tuple[str, Logits, Logits]]:
-    prompts = [row[:-BATCH_DECODE_TOKENS] for row in rows]
-    found, state = runner.prefill(prompts, side)
-    for index, prompt in enumerate(prompts):
-        real = found[index][state.mask[index] == 1]
-        yield f"batch padded {side}", references[index][: len(prompt)], real
+def add_prefill(calls: list[Call], name: str, ids: Sequence[int], text: int = 0) -> None:
+    """Add the call that reads the beginning of a text."""
+    row = np.array([ids], np.int64)
+    everything = slice(0, len(ids))
+    calls.append(Call(name, row, np.ones_like(row), None, (Place(0, everything, text, everything),)))
+
+
+def _add_step(calls: list[Call], name: str, text: Sequence[int], start: int, width: int) -> None:
+    before = len(calls) - 1
+    ids = np.array([text[start : start + width]], np.int64)
+    mask = np.concatenate([calls[before].mask, np.ones_like(ids)], axis=1)
+    place = Place(0, slice(0, width), 0, slice(start, start + width))
+    calls.append(Call(name, ids, mask, before, (place,)))
+
+
+def _add_batch(calls: list[Call], rows: Sequence[Sequence[int]], side: Side) -> None:
+    """Prompts of unequal lengths, padded on a side, and tokens decoded after them."""
+    lengths = [len(row) - BATCH_DECODE_TOKENS for row in rows]
+    width = max(lengths)
+    ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+    places = []
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        free = width - length
+        begin = {"left": free, "right": 0, "mixed": free // 2}[side]
+        ids[index, begin : begin + length] = row[:length]
+        mask[index, begin : begin + length] = 1
+        places.append(Place(index, slice(begin, begin + length), 1 + index, slice(0, length)))
+    calls.append(Call(f"batch padded {side}", ids, mask, None, tuple(places)))
     for step in range(BATCH_DECODE_TOKENS):
-        places = [slice(len(prompt) + step, len(prompt) + step + 1) for prompt in prompts]
-        found, state = runner.step([row[place] for row, place in zip(rows, places, strict=True)], state)
-        for index, place in enumerate(places):
-            yield f"decode padded {side}", references[index][place], found[index]
+        ids = np.array([[row[length + step]] for row, length in zip(rows, lengths, strict=True)], np.int64)
+        mask = np.concatenate([calls[-1].mask, np.ones_like(ids)], axis=1)
+        places = [
+            Place(index, slice(0, 1), 1 + index, slice(length + step, length + step + 1))
+            for index, length in enumerate(lengths)
+        ]
+        calls.append(Call(f"decode padded {side}", ids, mask, len(calls) - 1, tuple(places)))
 
 
 def _greedy(model: PreTrainedModel, runner: "Runner", prompt: list[int], tolerance: float) -> tuple[int, int]:
@@ -190,26 +257,25 @@ def _greedy(model: PreTrainedModel, runner: "Runner", prompt: list[int], toleran
     return GREEDY_TOKENS, GREEDY_TOKENS
 
 
-def _expected_positions(length: int, padding: Padding) -> int:
-    """About how many positions `_checks` compares; for showing progress."""
-    sides = 3 if padding == "both" else 1
-    decoded = len(SPLITS) * (DECODE_TOKENS + CHUNK_TOKENS)
-    batches = sides * (sum(BATCH_LENGTHS) + len(BATCH_LENGTHS) * BATCH_DECODE_TOKENS)
-    return 1 + ODD_TOKENS + length + decoded + batches
-
-
-class _Comparison:
+class Comparison:
     """Figures over all positions, gathered check by check so that no two long rows of logits are held at once."""
 
-    def __init__(self, tolerance: float) -> None:
+    def __init__(self, tolerance: float, max_kl: float = DEFAULT_MAX_KL) -> None:
         self._tolerance = tolerance
+        self._max_kl = max_kl
         self._checks: dict[str, float] = {}
         self._divergences: list[NDArray[np.float64]] = []
         self.positions = 0
         self._same = 0
         self._errors = 0
 
+    def add_call(self, call: Call, references: Sequence[Logits], found: Logits) -> None:
+        """Add what a call gave, (B, T, V); `references` (T, V) are those of the texts."""
+        for place in call.places:
+            self.add(call.name, references[place.text][place.positions], found[place.row, place.columns])
+
     def add(self, name: str, expected: Logits, found: Logits) -> None:
+        """Add logits (P, V) of both sides."""
         # Both maxima keep a NaN, and the gate fails on it.
         error = np.abs(expected - found).max()
         self._checks[name] = float(np.maximum(error, self._checks.get(name, 0.0)))
@@ -221,9 +287,11 @@ class _Comparison:
         self._errors += int((best_two[:, 1] - best_two[:, 0] > 2 * self._tolerance).sum())
 
     def result(self, greedy_agreement: int, greedy_tokens: int) -> ParityResult:
+        """The figures of everything that was added."""
         divergences = np.concatenate(self._divergences)
         return ParityResult(
             tolerance=self._tolerance,
+            max_kl=self._max_kl,
             max_abs_error=float(np.max(list(self._checks.values()))),
             mean_kl=float(divergences.mean()),
             p99_kl=float(np.quantile(divergences, 0.99)),
@@ -252,14 +320,6 @@ def log_softmax(logits: Logits) -> NDArray[np.float64]:
     return normalised
 
 
-@dataclass(frozen=True)
-class State:
-    """What a batch has left behind: which slots are real, (B, slots) int64, and the KV cache."""
-
-    mask: Mask
-    cache: list[NDArray[np.float32]]
-
-
 class Runner:
     """A graph in ONNX Runtime, fed with the shapes that the torch model has (not with those the graph claims)."""
 
@@ -269,6 +329,7 @@ class Runner:
             self._session: InferenceSession = make_session(graph, threads=threads)
         except EdgepruneError as error:
             raise GateError(f"parity of {graph.name} failed: {error}") from error
+        self._cache_dtype = np.float16 if _keeps_half(self._session) else np.float32
         self._past_names = [
             interface.past_name(layer, part) for layer in range(len(self._kv_shapes)) for part in interface.PARTS
         ]
@@ -281,39 +342,46 @@ class Runner:
                 f"parity of {graph.name} failed: its inputs differ from the contract in {min(difference)!r}"
             )
 
-    def prefill(self, rows: Sequence[Sequence[int]], side: Side = "left") -> tuple[Logits, State]:
-        """Logits (B, T, V) of a batch of prompts, and what they leave behind."""
-        width = max(map(len, rows))
-        ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-        for index, row in enumerate(rows):
-            free = width - len(row)
-            start = {"left": free, "right": 0, "mixed": free // 2}[side]
-            ids[index, start : start + len(row)] = row
-            mask[index, start : start + len(row)] = 1
-        empty = [
-            np.zeros((len(rows), heads, 0, head_dim), np.float32)
-            for heads, head_dim in self._kv_shapes
-            for _ in interface.PARTS
-        ]
-        return self._run(ids, mask, empty)
+    def run_all(self, calls: Sequence[Call]) -> Iterator[Logits]:
+        """Logits (B, T, V) of each call, in order."""
+        last_reader = {call.before: index for index, call in enumerate(calls)}
+        caches: dict[int, Sequence[Cache]] = {}
+        for index, call in enumerate(calls):
+            cache = self._empty(len(call.ids)) if call.before is None else caches[call.before]
+            logits, caches[index] = self._run(call.ids, call.mask, cache)
+            for name in [name for name in caches if last_reader.get(name, -1) <= index]:
+                del caches[name]
+            yield logits
 
-    def step(self, rows: Sequence[Sequence[int]], state: State) -> tuple[Logits, State]:
-        """Logits (B, T, V) of the next tokens of a batch, and what they leave behind."""
-        ids = np.array(rows, np.int64)
-        mask = np.concatenate([state.mask, np.ones_like(ids)], axis=1)
-        return self._run(ids, mask, state.cache)
+    def prefill(self, ids: Sequence[int]) -> tuple[Logits, Sequence[Cache]]:
+        """Logits (T, V) of a prompt, and the cache that it leaves behind."""
+        row = np.array([ids], np.int64)
+        logits, cache = self._run(row, np.ones_like(row), self._empty(1))
+        return logits[0], cache
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         """The likeliest continuation of a prompt, by cached decoding."""
-        found, state = self.prefill([prompt])
+        found, cache = self.prefill(prompt)
         chosen: list[int] = []
         while len(chosen) < tokens:
-            chosen.append(int(found[0, -1].argmax()))
-            found, state = self.step([chosen[-1:]], state)
+            chosen.append(int(found[-1].argmax()))
+            mask = np.ones((1, len(prompt) + len(chosen)), np.int64)
+            (found,), cache = self._run(np.array([chosen[-1:]], np.int64), mask, cache)
         return chosen
 
-    def _run(self, ids: Mask, mask: Mask, cache: list[NDArray[np.float32]]) -> tuple[Logits, State]:
+    def _empty(self, batch: int) -> Sequence[Cache]:
+        return [
+            np.zeros((batch, heads, 0, head_dim), self._cache_dtype)
+            for heads, head_dim in self._kv_shapes
+            for _ in interface.PARTS
+        ]
+
+    def _run(self, ids: Mask, mask: Mask, cache: Sequence[Cache]) -> tuple[Logits, Sequence[Cache]]:
         feeds = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past_names, cache, strict=True))}
         # Only dense tensors come out of these graphs; ONNX Runtime's own type allows for every kind of value.
         logits, *presents = cast("list[Logits]", self._session.run(self._outputs, feeds))
-        return logits, State(mask, presents)
+        return logits, presents
+
+
+def _keeps_half(session: InferenceSession) -> bool:
+    return any(node.type == "tensor(float16)" for node in session.get_inputs())

@@ -1,11 +1,14 @@
-"""While a model is traced, its attention goes through one operator, whatever its own code does.
+"""While a model is traced, its attention goes through one function, whatever its own code does.
 
-Models that use transformers' attention interface are pointed at `attend` by their config. Older ones compute attention
-in code of their own; their architecture file says which of its methods to replace, in `attention_routes`.
+`attend` becomes one operator of the graph; `attend_plainly` becomes products, sums and a softmax, for runtimes that do
+not know that operator. Models that use transformers' attention interface are pointed at it by their config. Older ones
+compute attention in code of their own; their architecture file says which of its methods to replace, in
+`attention_routes`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from edgeprune.configs import architecture
 from edgeprune_export import interface
 
 ATTENTION_NAME = "edgeprune_one_operator"
+
+Attend = Callable[..., torch.Tensor]
+"""`attend` or `attend_plainly`."""
 
 
 class Call:
@@ -61,14 +67,35 @@ def attend(
     return outputs[0].transpose(1, 2)
 
 
+def attend_plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The same as `attend`, in operators that every runtime knows."""
+    B, heads, T, D = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    # the query heads of a KV head as more rows of one product, so that no key is copied for each of them
+    scores = query.reshape(B, kv_heads, heads // kv_heads * T, D) @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = torch.softmax(scores.reshape(B, heads, T, slots) + bias, dim=-1)
+    attended = weights.reshape(B, kv_heads, heads // kv_heads * T, slots) @ value
+    return attended.reshape(B, heads, T, value.shape[3]).transpose(1, 2)
+
+
 @contextmanager
-def routed(model: PreTrainedModel, call: Call) -> Iterator[None]:
-    """Let every layer of a model attend through `attend`; all is as it was afterwards."""
+def routed(model: PreTrainedModel, call: Call, attend: Attend = attend) -> Iterator[None]:
+    """Let every layer of a model attend through one function; all is as it was afterwards."""
     configs = [vars(module).get("config") for module in model.modules()]
     own = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
     routes: Callable[..., Any] | None = getattr(architecture(model.config.model_type), "attention_routes", None)
     with ExitStack() as stack:
-        ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = _attend_as_transformers_calls_it
+        ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = partial(_attend_as_transformers_calls_it, attend)
         stack.callback(ALL_ATTENTION_FUNCTIONS.pop, ATTENTION_NAME)
         for config in own.values():
             stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
@@ -81,6 +108,7 @@ def routed(model: PreTrainedModel, call: Call) -> Iterator[None]:
 
 
 def _attend_as_transformers_calls_it(
+    attend: Attend,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

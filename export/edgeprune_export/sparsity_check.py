@@ -5,7 +5,7 @@ Quantised weights count as zero where they equal their zero point, as a runtime 
 
     MatMul, FusedMatMul, Gemm     float weights, also behind a Transpose or a DequantizeLinear
     MatMulNBits                   2, 4 or 8 bits in blocks of inputs, with a zero point each, or the middle of the range
-    MatMulInteger                 8 bits, with one zero point, or one for each output
+    MatMulInteger[ToFloat]        8 bits, with one zero point, or one for each output
 """
 
 import re
@@ -24,6 +24,9 @@ from edgeprune_runtime.untrusted import Fields
 JOINED = ("q_proj", "k_proj", "v_proj")
 JOINED_NAME = "qkv_proj"
 """Linears whose outputs a graph may have from one product, in this order, and what that is called."""
+
+ZERO_POINT_INPUTS = {"MatMulInteger": 3, "MatMulIntegerToFloat": 5}
+"""Products of whole numbers -> which input holds the weight's zero point."""
 
 WRAPPER = "model."
 """What the traced graph puts before the names of the checkpoint: there the model is a part of what was traced."""
@@ -70,7 +73,7 @@ def found_zeros(manifest: Manifest) -> Found | None:
 
 def _linear_of(node: ir.Node) -> str | None:
     """Name of the Linear that a node multiplies by, as the checkpoint has it; None if it does not."""
-    if node.op_type not in ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", "MatMulInteger"):
+    if node.op_type not in ("MatMul", "FusedMatMul", "Gemm", "MatMulNBits", *ZERO_POINT_INPUTS):
         return None
     value = node.inputs[1]
     while value is not None and not value.is_initializer():
@@ -88,8 +91,8 @@ def _nonzero(node: ir.Node) -> torch.Tensor:
         return _nonzero_of_bits(node)
     weight = node.inputs[1]
     assert weight is not None, "a product has two factors"
-    if node.op_type == "MatMulInteger":
-        return (_constant(weight) != _given(node, 3, 0)).T
+    if node.op_type in ZERO_POINT_INPUTS:
+        return (_constant(weight) != _given(node, ZERO_POINT_INPUTS[node.op_type], 0)).T
     found = _nonzero_of(weight)
     return found if node.attributes.get_int("transB", 0) else found.T
 

@@ -3,6 +3,9 @@
 Slower to make than the declarative graph, and independent of it: what both compute alike is right. The wrapper makes
 the KV cache and the attention mask explicit, so that the border is the same and padding on either side is taken; the
 attention of a layer comes out as one operator, whatever the model's own code does (`routing`).
+
+In the plain form no operator is younger than opset 18, and attention, norms and rotary embeddings are products and
+sums: for execution providers that fall behind the newest opsets or take no operator that stands for a whole attention.
 """
 
 import logging
@@ -23,9 +26,10 @@ from edgeprune_export import interface
 from edgeprune_export.external_data import ExternalData
 from edgeprune_export.positions import check_rope, constant_rope
 from edgeprune_export.reference import cache_tensors
-from edgeprune_export.routing import Call, routed
+from edgeprune_export.routing import Call, attend, attend_plainly, routed
 
 OPSET = 23  # the first with Attention and RotaryEmbedding
+PLAIN_OPSET = 18  # what torch's operators are written in, without conversion
 
 SMALL_BYTES = 1024  # smaller initializers (shapes, scalars) stay inside the graph
 
@@ -33,7 +37,7 @@ SMALL_BYTES = 1024  # smaller initializers (shapes, scalars) stay inside the gra
 _BATCH, _TOKENS, _PAST = 2, 3, 5
 
 
-def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData) -> ir.Model:
+def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData, *, is_plain: bool = False) -> ir.Model:
     """The traced graph of a float32 model in eval mode; its weights are appended to `data`."""
     pasts = [torch.zeros(_BATCH, width.kv_heads, _PAST, width.head_dim) for width in widths for _ in interface.PARTS]
     ids = torch.ones(_BATCH, _TOKENS, dtype=torch.int64)
@@ -41,12 +45,12 @@ def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData)
     past_dims = {0: "batch_size", 2: "past_sequence_length"}
     check_rope(model.config)
     call = Call()
-    with _quiet(), constant_rope(model), routed(model, call):
+    with _quiet(), constant_rope(model), routed(model, call, attend_plainly if is_plain else attend):
         program = torch.onnx.export(
             _ExplicitCache(model, call).eval(),
             (ids, mask, *pasts),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=PLAIN_OPSET if is_plain else OPSET,
             dynamic_shapes=(
                 {0: "batch_size", 1: "sequence_length"},
                 {0: "batch_size", 1: "total_sequence_length"},

@@ -41,13 +41,21 @@ class Weights:
         """Shape of every tensor."""
         return self._shapes
 
+    def read_stored(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored.
+
+        Raises:
+            EdgepruneError: if it has values that are not finite.
+        """
+        return self._decoder.read_tensor(name)
+
     def read(self, name: str) -> Array:
         """One tensor as float32.
 
         Raises:
             EdgepruneError: if it has values that are not finite.
         """
-        return self._decoder.read_tensor(name).to(torch.float32).numpy()
+        return self.read_stored(name).to(torch.float32).numpy()
 
     def read_rows(self, names: list[str]) -> Array:
         """Several tensors as float32, joined along their first dimension."""

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.untrusted import Fields, Json, file_inside, read_json
@@ -41,7 +41,7 @@ MAX_HEADS = 1 << 14
 MAX_WIDTH = 1 << 22
 MAX_VOCAB = 1 << 24
 
-GraphSource = Literal["decoder", "traced"]
+GraphSource = Literal["decoder", "traced", "plain"]
 Padding = Literal["both", "right"]
 
 
@@ -50,6 +50,7 @@ _TRANSFORMERS_JS = {
     "fp32": ("fp32", ""),
     "fp16": ("fp16", "_fp16"),
     "int8": ("q8", "_quantized"),
+    "int8-dynamic": ("int8", "_int8"),
     "int4": ("q4", "_q4"),
 }
 
@@ -143,7 +144,8 @@ class Manifest:
 
     `padding` says on which side of a row in a batch the graphs take padding correctly. `files` lists every file of the
     bundle but the manifest. `plan` is the summary of what was cut, None for a dense model. `notes` are sentences that a
-    reader should know, such as why the context is shorter than the model's.
+    reader should know, such as why the context is shorter than the model's. `target` is what the bundle was made for,
+    None for nothing in particular; it binds nobody.
     """
 
     edgeprune_version: str
@@ -165,6 +167,7 @@ class Manifest:
     plan: Mapping[str, Json] | None = None
     results: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    target: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Json]:
@@ -238,6 +241,7 @@ class Manifest:
             plan=None if top.values.get("plan") is None else top.mapping("plan"),
             results=top.mapping("results"),
             notes=top.texts("notes") if "notes" in top.values else (),
+            target=None if top.values.get("target") is None else top.text("target"),
         )
         manifest._check_references(where)
         return manifest
@@ -349,7 +353,7 @@ def _variant(fields: Fields) -> Variant:
     return Variant(
         graph=fields.path("graph"),
         data=fields.paths("data"),
-        graph_source=cast("GraphSource", fields.text("graph_source", one_of=("decoder", "traced"))),
+        graph_source=cast("GraphSource", fields.text("graph_source", one_of=get_args(GraphSource))),
         tolerance=fields.number("tolerance", low=0.0),
         parity=fields.mapping("parity"),
         fidelity=fields.mapping("fidelity") if "fidelity" in fields.values else {},

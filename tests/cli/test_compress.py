@@ -217,7 +217,7 @@ def test_uniform_without_refit_gives_a_stock_checkpoint(model_folder: Path, text
     assert plan.refit == "none"
     data = report_of(output)["data"]
     assert data["refit"] == {}
-    assert data["perplexity"]["text"] == str(text_file)
+    assert data["perplexity"]["text"] == text_file.name
     assert (data["perplexity"]["pruned"]["windows"], data["perplexity"]["pruned"]["window_tokens"]) == (2, 64)
     assert plan.calibration is not None
     assert plan.calibration.sequences == 8

@@ -9,6 +9,7 @@ from commandline import Outcome, invoke, save_toy
 
 from edgeprune.journal import work_folder
 from edgeprune_export import quantize
+from edgeprune_export.quantize import PRECISIONS
 from edgeprune_runtime.bundle import open_bundle
 
 SMALL = (
@@ -86,7 +87,7 @@ def test_pruning_is_not_lost_where_no_precision_is_good_enough(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--precision", "int5"), "unknown precision 'int5'; expected fp32, int8, int4"),
+        (("--precision", "int5"), f"unknown precision 'int5'; expected {', '.join(PRECISIONS)}, joined"),
         (("--precision", "int8", "--checkpoint-only"), "--checkpoint-only writes none"),
         (("--precision", "int8", "--graph-source", "traced"), "is made by the decoder graph"),
     ],

@@ -101,7 +101,7 @@ def test_force_replaces_nothing_but_a_bundle(checkpoint: Path, tmp_path: Path) -
 def test_failed_gate_writes_nothing_and_keeps_the_old_bundle(
     checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "FLOAT_TOLERANCE", 1e-9)
+    monkeypatch.setattr(quantize, "FLOAT_TOLERANCES", (1e-9, 1.0))
     out = tmp_path / "bundle"
     shutil.copytree(bundle, out)
     before = (out / MANIFEST_FILE).read_bytes()
@@ -134,6 +134,14 @@ def test_checkpoint_without_tokenizer_is_refused(checkpoint: Path, tmp_path: Pat
     (tmp_path / "toy" / "tokenizer.json").unlink()
     with pytest.raises(EdgepruneError, match=r"no tokenizer\.json"):
         export(tmp_path / "toy", tmp_path / "out")
+
+
+def test_chat_template_that_is_no_text_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    (tmp_path / "toy" / "chat_template.jinja").write_bytes(b"{{ bos_token }}\xff")
+    with pytest.raises(EdgepruneError, match=r"chat_template\.jinja of the checkpoint is not UTF-8 text"):
+        export(tmp_path / "toy", tmp_path / "out")
+    assert names_beside(tmp_path / "out") == {"toy"}
 
 
 def test_link_out_of_the_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -178,6 +186,7 @@ def test_plain_names_of_graph_sources_are_held_against_the_architecture(monkeypa
         "decoder",
         "decoder",
         "traced",
+        "plain",
     ]
     monkeypatch.setattr("edgeprune.architectures.llama.SOURCE", "traced")
     with pytest.raises(EdgepruneError, match="use --graph-source traced"):
@@ -205,6 +214,10 @@ def test_chat_template_of_the_tokenizer_is_what_run_speaks(place: str, tmp_path:
         config = json.loads((checkpoint / place).read_text())
         (checkpoint / place).write_text(json.dumps(config | {"chat_template": VICUNA_TEMPLATE}))
     export(checkpoint, tmp_path / "bundle")
+    # transformers.js reads it here, and only here
+    stated = json.loads((tmp_path / "bundle" / "tokenizer_config.json").read_text())
+    assert stated["chat_template"] == VICUNA_TEMPLATE
+    assert stated["bos_token"] == "^"
     arguments = [
         "run",
         str(tmp_path / "bundle"),

@@ -168,7 +168,7 @@ def test_tolerance_decides(model_and_graph: tuple[Any, Path]) -> None:
 
 @pytest.mark.parametrize("spoilt_row", [0, 1])
 def test_one_value_that_is_not_a_number_is_not_forgotten(spoilt_row: int) -> None:
-    comparison = parity._Comparison(1.0)
+    comparison = parity.Comparison(1.0)
     for row in range(3):
         expected = np.array([[1.0, 2.0]], np.float32)
         found = expected.copy()
@@ -177,7 +177,7 @@ def test_one_value_that_is_not_a_number_is_not_forgotten(spoilt_row: int) -> Non
         comparison.add("rows", expected, found)
     assert np.isnan(comparison.result(1, 1).max_abs_error)
     with pytest.raises(GateError, match="differ from the torch model by up to nan"):
-        parity._judge(Path("model.onnx"), comparison.result(1, 1))
+        parity.judge(Path("model.onnx"), comparison.result(1, 1))
 
 
 def test_prompt_longer_than_a_piece_of_the_runtime_is_compared(tmp_path: Path) -> None:

@@ -11,17 +11,17 @@ import torch
 from exported import pruned
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeprune_export import quantize as quantizing
 from edgeprune_export.exporting import export
-from edgeprune_export.quantize import PRECISIONS, Precision, dequantized, parse_precisions, quantize
+from edgeprune_export.proving import TWIN_FILE
+from edgeprune_export.quantize import PRECISIONS, Precision, Quantised, parse_precisions, quantize, with_gates
 from edgeprune_runtime.bundle import open_bundle
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.session import Decoder
 from edgeprune_runtime.validate import validate
 
-INT8 = replace(PRECISIONS["int8"], block_size=16)
+INT8 = replace(PRECISIONS["int8"], block_size=16, accuracy_level=0)
 # on a toy with random weights 4 bits change nearly every likeliest token; the gates have tests of their own
-INT4 = replace(PRECISIONS["int4"], block_size=16, max_perplexity_ratio=9.0, min_argmax_agreement=0.0)
+INT4 = replace(PRECISIONS["int4"], block_size=16, accuracy_level=0, max_perplexity_ratio=9.0, min_argmax_agreement=0.0)
 
 
 def weight(rows: int = 10, inputs: int = 64, seed: int = 0) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_onnx_runtime_multiplies_by_what_was_rounded(bits: int, is_symmetric: bo
     )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (product,) = session.run(None, {"x": np.eye(inputs, dtype=np.float32)})
-    expected = dequantized(dense, precision)
+    expected = found.dequantized(inputs)
     torch.testing.assert_close(torch.from_numpy(np.asarray(product)).T, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_rounding_moves_no_weight_by_more_than_its_block_allows(precision: Preci
     low, high = blocks.amin(2).clamp_max(0), blocks.amax(2).clamp_min(0)
     spread = 2 * blocks.abs().amax(2) if precision.is_symmetric else high - low
     step = spread / ((1 << precision.bits) - (2 if precision.is_symmetric else 1))
-    moved = (dequantized(dense, precision) - dense).reshape(10, -1, 16).abs().amax(2)
+    moved = (quantize(dense, precision).dequantized(64) - dense).reshape(10, -1, 16).abs().amax(2)
     # at the end that has one number less, and where a smaller scale cuts weights off, they may move by more than half
     allowed = step * (1.01 if precision.bits == 8 else 2.5)
     assert (moved <= allowed + 1e-6).all()
@@ -74,12 +74,12 @@ def test_rounding_moves_no_weight_by_more_than_its_block_allows(precision: Preci
 def test_zeros_stay_zeros(precision: Precision) -> None:
     dense = weight() * (weight(seed=1) > 0)
     dense[0] = 0
-    assert (dequantized(dense, precision)[dense == 0] == 0).all()
+    assert (quantize(dense, precision).dequantized(64)[dense == 0] == 0).all()
 
 
 def test_a_smaller_scale_is_taken_where_it_misses_less() -> None:
     dense = weight(rows=200)
-    best = (dequantized(dense, INT4) - dense).square().mean()
+    best = (quantize(dense, INT4).dequantized(64) - dense).square().mean()
     plain = _plain_rounding_error(dense, INT4)
     assert best < 0.97 * plain
 
@@ -110,7 +110,8 @@ def test_variants_of_one_folder_are_valid_and_smaller(name: str, tmp_path: Path)
     assert list(manifest.variants) == ["fp32", "int8", "int4"]
     assert manifest.default_variant == "fp32"
     sizes = {name: stored_bytes(tmp_path / "bundle" / variant.graph) for name, variant in manifest.variants.items()}
-    assert sizes["int4"] < 0.75 * sizes["int8"] < 0.4 * sizes["fp32"]
+    # the embedding keeps eight bits in int4, and is much of a toy
+    assert sizes["int4"] < 0.85 * sizes["int8"] < 0.4 * sizes["fp32"]
     for variant in manifest.variants:
         opened = open_bundle(tmp_path / "bundle", variant, verify=True)
         assert validate(opened, threads=1).passed, variant
@@ -143,12 +144,46 @@ def test_the_first_precision_is_what_every_runtime_takes(tmp_path: Path) -> None
     assert Decoder(opened, threads=1).forward(np.array([[1, 5, 6]]))[0].shape[1] == 3
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3"])
+def test_half_floats_compute_what_torch_computes(name: str, tmp_path: Path) -> None:
+    pruned(tmp_path / "model", name)
+    manifest = export(tmp_path / "model", tmp_path / "bundle", precisions=(PRECISIONS["fp16"], PRECISIONS["fp32"]))
+    sizes = {name: stored_bytes(tmp_path / "bundle" / variant.graph) for name, variant in manifest.variants.items()}
+    assert sizes["fp16"] == sizes["fp32"] / 2
+    opened = open_bundle(tmp_path / "bundle", "fp16", verify=True)
+    assert validate(opened, threads=1).passed
+    graph = ir.load(opened.graph_path).graph
+    floats = {value.dtype for value in (*graph.inputs, *graph.initializers.values())} - {
+        ir.DataType.INT64,
+        ir.DataType.INT32,
+    }
+    assert floats == {ir.DataType.FLOAT16}
+    assert graph.outputs[0].dtype == ir.DataType.FLOAT, "logits are float32 in every variant"
+
+
 def test_rounded_inputs_are_within_their_own_tolerance(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama", head_dim=16)
     manifest = export(tmp_path / "model", tmp_path / "bundle", precisions=(replace(INT8, accuracy_level=4),))
     variant = manifest.variants["int8"]
     assert 1e-3 < variant.parity["max_abs_error"] < variant.tolerance
     assert validate(open_bundle(tmp_path / "bundle"), threads=1).passed
+    assert not list((tmp_path / "bundle").rglob(TWIN_FILE))
+
+
+@pytest.mark.parametrize("max_memory_bytes", [None, 1], ids=["whole", "by blocks"])
+def test_a_small_mistake_does_not_hide_behind_rounded_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory_bytes: int | None
+) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    exact = Quantised._exact
+    monkeypatch.setattr(Quantised, "_exact", lambda rounded, rows: exact(rounded, rows) * 1.002)
+    with pytest.raises(GateError, match=f"parity of {TWIN_FILE} failed"):
+        export(
+            tmp_path / "model",
+            tmp_path / "bundle",
+            precisions=(replace(INT8, accuracy_level=4),),
+            max_memory_bytes=max_memory_bytes,
+        )
 
 
 def test_one_scale_that_is_wrong_fails_the_device_check(tmp_path: Path) -> None:
@@ -184,7 +219,8 @@ def test_a_graph_that_rounds_otherwise_than_its_torch_model_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pruned(tmp_path / "model", "llama", head_dim=16)
-    monkeypatch.setattr(quantizing, "dequantized", lambda weight, precision: weight * 1.01)
+    exact = Quantised._exact
+    monkeypatch.setattr(Quantised, "_exact", lambda rounded, rows: exact(rounded, rows) * 1.01)
     with pytest.raises(GateError, match="parity"):
         export(tmp_path / "model", tmp_path / "bundle", precisions=(INT8,))
 
@@ -195,7 +231,7 @@ def test_a_graph_that_rounds_otherwise_than_its_torch_model_is_not_written(
 @pytest.mark.parametrize(
     ("text", "details", "message"),
     [
-        ("int3", {}, "unknown precision 'int3'; expected fp32, int8, int4"),
+        ("int3", {}, f"unknown precision 'int3'; expected {', '.join(PRECISIONS)}, joined"),
         ("fp32,fp32", {}, "named twice"),
         ("", {}, "unknown precision ''"),
         ("int4", {"block_size": 24}, "--block-size is 24; expected one of 16"),
@@ -205,6 +241,19 @@ def test_a_graph_that_rounds_otherwise_than_its_torch_model_is_not_written(
 def test_what_onnx_runtime_does_not_take_is_refused(text: str, details: dict[str, int], message: str) -> None:
     with pytest.raises(EdgepruneError, match=message):
         parse_precisions(text, **details)
+
+
+def test_the_user_may_set_the_gates_of_what_is_rounded() -> None:
+    plain, int4 = with_gates([PRECISIONS["fp32"], PRECISIONS["int4"]], 3.0, 0.25)
+    assert plain == PRECISIONS["fp32"]
+    assert (int4.max_perplexity_ratio, int4.min_argmax_agreement) == (3.0, 0.25)
+    assert with_gates([PRECISIONS["int4"]], None, None) == (PRECISIONS["int4"],)
+    for ratio, agreement, message in (
+        (0.0, None, "--max-perplexity-ratio is 0"),
+        (None, 1.5, "--min-agreement is 1.5"),
+    ):
+        with pytest.raises(EdgepruneError, match=message):
+            with_gates([PRECISIONS["int4"]], ratio, agreement)
 
 
 def test_details_reach_the_rounded_precisions_alone() -> None:

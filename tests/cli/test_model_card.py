@@ -1,0 +1,47 @@
+"""What `compress` measured stands in the bundle's card and manifest, which still vouch for each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import invoke
+
+from edgeprune_runtime.bundle import open_bundle
+
+SMALL = (
+    *("--preset", "fast", "--align", 4, "--min-channels", 4, "--dtype", "float32", "--threads", 1),
+    *("--calibration-sequences", 8, "--calibration-tokens", 32, "--eval-window", 32, "--eval-windows", 2),
+    *("--rounds", 1, "--prompt-tokens", 8, "--generate-tokens", 4),
+)
+
+
+@pytest.fixture(scope="module")
+def output(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("card") / "out"
+    done = invoke("compress", model_folder, "-c", text_file, "--eval-text", text_file, "-o", out, *SMALL)
+    assert done.code == 0, done.err
+    return out
+
+
+def test_card_has_the_measured_results_and_the_manifest_its_hash(output: Path) -> None:
+    opened = open_bundle(output / "bundle", verify=True)
+    measured = opened.manifest.results["measured"]
+    report = json.loads((output / "report.json").read_text())
+    assert [list(row.values()) for row in report["tables"][0]["rows"]] == measured["rows"]  # type: ignore[index,call-overload]
+    card = (output / "bundle" / "README.md").read_text("utf-8")
+    assert "## Results" in card
+    assert "| perplexity | " in card
+    assert "% of all parameters are gone" in card
+
+
+def test_card_names_no_folder_of_this_machine(output: Path, text_file: Path) -> None:
+    for file in ("README.md", "edgeprune.json"):
+        text = (output / "bundle" / file).read_text("utf-8")
+        assert text_file.name in text
+        assert str(text_file.parent) not in text
+        assert str(output.parent) not in text
+
+
+def test_bundle_runs_after_its_card_was_written_again(output: Path) -> None:
+    assert invoke("validate", output / "bundle", "--threads", 1).code == 0
+    assert invoke("doctor", output / "bundle", "--verify").code == 0
