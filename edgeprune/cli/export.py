@@ -50,7 +50,7 @@ def export(
     accuracy_level: Annotated[
         int | None,
         typer.Option(
-            help="Of products with int8 and int4: 0 in float32, 4 with inputs rounded to 8 bits; default: 0.",
+            help="Of products with int8 and int4: 0 in float32, 4 with inputs rounded to 8 bits; default: 4.",
             show_default=False,
         ),
     ] = None,

@@ -11,6 +11,7 @@ from edgeprune_export.ort_format import convert_to_ort, mobile_findings
 from edgeprune_runtime.bundle import open_bundle
 
 pytestmark = pytest.mark.consumers
+OPERATOR_BYTES = 100_000
 
 
 @pytest.fixture(params=BUNDLES)
@@ -45,7 +46,8 @@ def test_same_tokens_from_every_variant(bundle: Path, variant: str, tmp_path: Pa
     opened = open_bundle(bundle, variant)
     files = convert_to_ort(opened.graph_path, tmp_path)
     shared_bytes = {"int8": 1, "int4": 0.5}.get(variant, 0) * opened.manifest.vocab_size * opened.manifest.hidden_size
-    assert files.size_bytes < 1.03 * opened.size_bytes + shared_bytes  # the format has it once for each of two shapes
+    # the format has it once for each of two shapes, and takes more room than ONNX for the operators themselves
+    assert files.size_bytes < 1.03 * opened.size_bytes + shared_bytes + OPERATOR_BYTES
     for prompt in prompts(bundle)[:3]:
         assert until_end(bundle, written(files.model, prompt)) == greedy(bundle, variant, prompt)
 

@@ -13,6 +13,6 @@ MAX_DATA_BYTES = BROWSER_BUFFER_BYTES
 NOTES = (
     'transformers.js: pipeline("text-generation", folder, { device: "wasm", dtype: "int8" })',
     "of the variants that are smaller than fp32, int8-dynamic is the one that WebAssembly multiplies fast: int8 and "
-    "int4 take several times as long as fp32 for each token",
+    "int4 take several times as long as fp32 for each token; long prompts take it about twice as long as fp32",
 )
-VERIFIED = "run by onnxruntime-web's WebAssembly build in Node on an x86-64 processor"
+VERIFIED = "run by onnxruntime-web's WebAssembly build in Node and in headless Chromium, on an x86-64 processor"
