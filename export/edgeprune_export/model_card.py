@@ -205,8 +205,8 @@ def _removed(manifest: Manifest) -> Iterator[str]:
             blocks = plan.count("block_parameters_before")
             words = (
                 f"{plan.number('ratio_reached'):.1%} of all parameters ({before:,} became {after:,}), or "
-                f"{(before - after) / max(1, blocks):.1%} of those of the decoder blocks: whole attention heads and "
-                "MLP channels have left the matrices, which are smaller for it. "
+                f"{(before - after) / max(1, blocks):.1%} of those of the decoder blocks. Attention heads or MLP "
+                "channels, as the widths below say, have left the matrices whole, which are smaller for it. "
                 f"Importance {plain(plan.text('method'))}, allocation {plain(plan.text('allocation'))}, refit "
                 f"{plain(plan.text('refit'))}."
             )
