@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
     from edgeprune_export.quantize import Precision
+    from edgeprune_runtime.bundle import Bundle
 
 BUILDER = "onnxruntime_genai.models.builder"
 LOOKUPS = {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"}
@@ -103,6 +104,23 @@ def at_level(graph: Graph, level: int, folder: Path) -> Graph:
                 node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", level)])
         onnx.save(model, twin)
     return read_graph(twin)
+
+
+def packed(bundle: "Bundle", folder: Path) -> Graph:
+    """A bundle's graph with its weights packed for this machine, in a folder of its own, made if it is not there."""
+    from edgeprune_export.packing import write_packed
+
+    graph = read_graph(bundle.graph_path)
+    twin = folder / graph.file.name
+    if not twin.is_file() or twin.stat().st_mtime_ns < graph.file.stat().st_mtime_ns:
+        part = folder.with_name(f"{folder.name}.part")
+        for left in (part, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_packed(bundle, part)
+        part.rename(folder)
+    # A token reads as many bytes, whichever of the two forms they are in.
+    return replace(read_graph(twin), token_bytes=graph.token_bytes)
 
 
 def gguf_bytes(file: Path) -> int:

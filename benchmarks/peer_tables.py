@@ -22,6 +22,9 @@ EQUAL = (1.0, 1.0)
 PRUNED_GOALS = (2.0, 1.3)
 """Of prefill and decode, the pruned int4 bundle against llama.cpp's dense model."""
 
+PACKED = ", packed here"
+"""How the name of a model ends whose weights were packed on this machine."""
+
 GENAI, MOBIUS, LLAMA = "genai builder", "mobius-onnx", "llama.cpp"
 INSTALL = {
     GENAI: "pip install 'edgeprune[genai]', then --builder",
@@ -36,7 +39,10 @@ Round = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: a file for an engine, under the name that tables call it."""
+    """What is measured: a file for an engine, under the name that tables call it.
+
+    `unpacked_bytes` are those of the files that a packed graph was made from; None where nothing is packed.
+    """
 
     name: str
     engine: str
@@ -46,6 +52,12 @@ class Model:
     vocab_size: int
     head_dim: int
     accuracy_level: int | None = None
+    unpacked_bytes: int | None = None
+
+    @property
+    def load_bytes(self) -> int:
+        """What the memory of a load is held against: of a packed graph, the files that it was made from."""
+        return self.size_bytes if self.unpacked_bytes is None else self.unpacked_bytes
 
     @property
     def size_bytes(self) -> int:
@@ -122,6 +134,7 @@ def pairs(models: Sequence[Model]) -> list[Versus]:
     llama = next((model.name for model in models if model.engine == "llama"), LLAMA)
     wanted += [Versus("pruned int4", llama, PRUNED_GOALS), Versus("ours int4", llama, None)]
     wanted += [Versus("pruned int4", "ours int4", None)]
+    wanted += [Versus(f"{name}{PACKED}", name, None) for name in ("ours fp32", "ours int8", "ours int4", "pruned int4")]
     wanted += [Versus(f"ours {kind}", f"ours {kind}, level 0", None) for kind in ("int8", "int4")]
     names = {model.name for model in models}
     return [each for each in wanted if {each.ours, each.peer} <= names]
@@ -253,38 +266,43 @@ def _load_table(models: Sequence[Model], rounds: Sequence[Round]) -> tuple[Table
     rows: list[tuple[Cell, ...]] = []
     verdicts = []
     for model in models:
-        before, peak = (
-            max((round_[model.name]["cold"][name] or 0 for round_ in rounds), default=0)
-            for name in ("rss_before_bytes", "load_peak_rss_bytes")
+        before, peak, anonymous, mapped = (
+            max((round_[model.name]["cold"][f"{name}_bytes"] or 0 for round_ in rounds), default=0)
+            for name in ("rss_before", "load_peak_rss", "load_peak_anonymous", "load_peak_file")
         )
-        size = model.size_bytes
+        size = model.load_bytes
         rows.append(
             (
                 model.name,
-                size / 1e6,
+                model.size_bytes / 1e6,
                 median(rounds, model.name, lambda found: found["cold"]["load_ms"]),
                 median(rounds, model.name, lambda found: found["cold"]["first_token_ms"]),
                 median(rounds, model.name, lambda found: found["load_ms"]),
                 before / 1e6,
                 peak / 1e6,
                 (peak - before) / size,
+                anonymous / size,
+                mapped / size,
             )
         )
         if model.name.startswith(("ours", "pruned")) and peak and model.accuracy_level != 0:
             share = (peak - before) / size
-            text = f"load: {model.name} takes {share:.2f} times its files beside the runtime itself"
-            text += f", at most {LOAD_GOAL} wanted"
+            whose = "its files" if model.unpacked_bytes is None else "the files it was packed from"
+            text = f"load: {model.name} takes {share:.2f} times {whose} beside the runtime itself"
+            text += f", {anonymous / size:.2f} of them its own, at most {LOAD_GOAL} wanted"
             verdicts.append(Verdict(text, share <= LOAD_GOAL))
     columns = (
         *("model", "files, MB", "cold load, ms", "cold load and first token, ms", "warm load, ms"),
-        *("RSS before, MB", "load peak RSS, MB", "(peak - before) / files"),
+        *("RSS before, MB", "load peak RSS, MB", "(peak - before) / files", "of its own / files", "mapped / files"),
     )
     is_cold = all(round_[model.name]["cold"]["is_cold"] for round_ in rounds for model in models)
     notes = (
         "Cold: the kernel was asked to forget the files, and had."
         if is_cold
         else "The kernel did not forget all files when asked, so some of the cold figures are warm.",
-        "Pages of a mapped file count as resident once they are read; RSS before is Python with the runtime imported.",
+        "RSS before is Python with the runtime imported. Memory of the process's own is what the system cannot take "
+        "back; mapped are pages of files, which count as resident once they are read, and which it can. Each is the "
+        "most that was seen, not at the same moment. Of what was packed, the files are those that it was packed from.",
     )
     return Table("Load", columns, tuple(rows), notes=notes), verdicts
 

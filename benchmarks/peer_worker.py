@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,10 @@ SEED = 0
 PAGE_BYTES = 1 << 16
 PROBES = 64
 """Places of a file that are looked up in the page cache to see whether it is gone from there."""
+
+RESIDENT = {"anonymous": "RssAnon", "file": "RssFile"}
+"""Kinds of memory of a process: its own, and pages of files, which the system can drop and read again."""
+SAMPLE_SECONDS = 0.005
 
 
 class Engine(Protocol):
@@ -154,12 +159,16 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     # What the engine is made of is no part of loading a model.
     importlib.import_module("onnxruntime" if request["engine"] == "onnx" else "llama_cpp")
     before = _status("VmRSS")
-    began = time.perf_counter()
-    engine = make(request)
+    kinds_before = {kind: _status(name) or 0 for kind, name in RESIDENT.items()}
+    with _peaks() as peaks:
+        began = time.perf_counter()
+        engine = make(request)
+        load_ms = _ms_since(began)
     found: dict[str, Any] = {
-        "load_ms": _ms_since(began),
+        "load_ms": load_ms,
         "rss_before_bytes": before,
         "load_peak_rss_bytes": _status("VmHWM"),
+        **{f"load_peak_{kind}_bytes": peak - kinds_before[kind] for kind, peak in peaks.items()},
         "is_cold": is_cold,
     }
     if request["texts"]:
@@ -232,6 +241,30 @@ def _is_cached(handle: int, place: int) -> bool:
     with contextlib.suppress(BlockingIOError):
         return os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT) > 0
     return False
+
+
+@contextlib.contextmanager
+def _peaks() -> Iterator[dict[str, int]]:
+    """The most memory of each kind while the code inside runs; the kernel keeps the peak of their sum alone."""
+    peaks = dict.fromkeys(RESIDENT, 0)
+    ended = threading.Event()
+
+    def look() -> None:
+        for kind, name in RESIDENT.items():
+            peaks[kind] = max(peaks[kind], _status(name) or 0)
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
+        look()
 
 
 def _number(dimension: int | str, otherwise: int) -> int:

@@ -4,8 +4,9 @@ r"""Our graphs against other people's, in one ONNX Runtime by one loop; and a pr
         --mobius-python mobius/bin/python --llama-python llama/bin/python --rounds 9
 
 Graphs of the dense model, by us, by onnxruntime-genai's model builder and by mobius-onnx, all run in the ONNX Runtime
-of this environment, fed by one plain loop (`peer_worker.py`), so that what differs is the graph. llama.cpp runs its own
-way, through its C functions. A peer that no option asks for is left out, and the last table says how to get it.
+of this environment, fed by one plain loop (`peer_worker.py`), so that what differs is the graph. Ours also run as
+`edgeprune pack` writes them, with the weights packed for this machine in the file. llama.cpp runs its own way, through
+its C functions. A peer that no option asks for is left out, and the last table says how to get it.
 
 A round is two fresh processes for each model: one loads its files from the disk and gives one token, the other loads
 them again, warms up, and is timed. Models take turns, in another order each round; a ratio is the median of the rounds'
@@ -24,15 +25,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
+import onnxruntime
 import peer_graphs
 import results
 from peer_graphs import Graph
-from peer_tables import GENAI, LARGE_BYTES, LLAMA, MOBIUS, Model, Round, Size, make_report
+from peer_tables import GENAI, LARGE_BYTES, LLAMA, MOBIUS, PACKED, Model, Round, Size, make_report
 
 from edgeprune.cli.stages import Stages
 from edgeprune_runtime.bundle import Bundle, open_bundle
@@ -55,6 +58,7 @@ def main() -> Report:
     models += _peers(args, stages, dense)
     if args.pruned is not None:
         models.append(_bundled("pruned int4", open_bundle(args.pruned, "int4")))
+        models.append(_packed("pruned int4", open_bundle(args.pruned, "int4"), args.work))
     texts = _texts(args.text, dense)
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     kept = results.Results(args.results or args.work / "rounds.jsonl")
@@ -152,12 +156,13 @@ def _dense_bundle(args: argparse.Namespace, stages: Stages) -> Bundle:
 
 
 def ours_of(dense: Bundle, work: Path) -> list[Model]:
-    """A model for each variant of the dense bundle, and for each other `accuracy_level` of its products."""
+    """A model for each variant of the dense bundle, packed as well, and for each other `accuracy_level`."""
     models = []
     for name in dense.manifest.variants:
         bundle = open_bundle(dense.folder, name)
         model = _bundled(f"ours {name}", bundle)
         models.append(model)
+        models.append(_packed(model.name, bundle, work))
         for level in LEVELS if model.accuracy_level is not None else ():
             if level != model.accuracy_level:
                 graph = peer_graphs.at_level(peer_graphs.read_graph(bundle.graph_path), level, work / f"{name}-{level}")
@@ -190,6 +195,13 @@ def _peers(args: argparse.Namespace, stages: Stages, dense: Bundle) -> list[Mode
 
 def _bundled(name: str, bundle: Bundle) -> Model:
     return _of_graph(name, peer_graphs.read_graph(bundle.graph_path), bundle)
+
+
+def _packed(name: str, bundle: Bundle, work: Path) -> Model:
+    """A bundle's graph with its weights packed here; what loading it takes is held against the bundle's own files."""
+    folder = work / f"{name.replace(' ', '-')}-packed-{onnxruntime.__version__}"
+    model = _of_graph(f"{name}{PACKED}", peer_graphs.packed(bundle, folder), bundle)
+    return replace(model, unpacked_bytes=bundle.size_bytes)
 
 
 def _of_graph(name: str, graph: Graph, bundle: Bundle) -> Model:

@@ -45,7 +45,7 @@ from edgeprune.pruning import Settings, allocate, apply_plan, make_plan, model_g
 from edgeprune.refit import Mode
 from edgeprune.shrink import linear_of, linear_shapes, parameters_removed, weight_of
 from edgeprune.sources import Source, count_parameters, load, load_tokenizer, open_source
-from edgeprune.sparsify import Layout, Refit, Scope, Sparsity, sparsify
+from edgeprune.sparsify import Layout, Scope, Sparsity, sparsify
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.report import Cell, Report, Table, Verdict
@@ -314,7 +314,7 @@ def _parse_row(text: str, pattern: str, scope: Scope) -> tuple[str, Sparsity]:
     if not equals or len(parts) != 3:
         raise EdgepruneError(f"row {text!r} was not understood; expected NAME=METHOD|LAYOUT|REFIT")
     method, layout, refit = parts
-    sparsity = Sparsity(pattern, method, scope, cast("Layout", layout), cast("Refit", refit))
+    sparsity = Sparsity(pattern, method, scope, cast("Layout", layout), refit)
     sparsity.check()
     return name, sparsity
 

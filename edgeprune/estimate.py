@@ -12,7 +12,7 @@ from typing import Self
 from edgeprune.allocation.search import budget
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
-from edgeprune.reconstruct import EPOCHS
+from edgeprune.refit import parse_refit
 from edgeprune.statistics import HELD_OUT_EVERY, Method
 
 BACKWARD = 2.5
@@ -83,9 +83,10 @@ def estimate_seconds(preset: Preset, pace: Pace) -> float:
     seconds = pace.forward * preset.calibration_sequences * preset.calibration_tokens
     seconds += pace.backward * graded * preset.calibration_tokens
     seconds += SOLVES * pace.solve if preset.refit != "none" else 0.0
-    if preset.refit == "reconstruct":
+    mode, passes = parse_refit(preset.refit)
+    if mode == "reconstruct":
         tokens = preset.calibration_sequences * preset.calibration_tokens
-        seconds += (PATHS + PRODUCTS * EPOCHS) * pace.forward * tokens
+        seconds += (PATHS + PRODUCTS * passes) * pace.forward * tokens
     return seconds + _search_seconds(preset, pace)
 
 

@@ -30,13 +30,13 @@ from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Keep, Kind, check_keep, kept, layer_widths
 from edgeprune.journal import Entry, Journal
 from edgeprune.plan import PrunePlan
-from edgeprune.reconstruct import Paths, mlp_names
+from edgeprune.reconstruct import Paths, altered, mlp_names
 from edgeprune.refit import (
     Mode,
     Outcome,
     carry_intercepts,
     check_intercepts,
-    parse_mode,
+    parse_refit,
     refit_linear,
     shapes_with_intercepts,
 )
@@ -86,8 +86,8 @@ class Settings:
         method: importance method, `name` or `name:argument`.
         allocation: `name` or `name:argument`.
         refit: how o_proj and down_proj learn to do without what goes: "least-squares" fits their kept weights,
-            "reconstruct" these and then the whole MLP, "intercept" them and a bias, "bias" the bias alone, "none"
-            nothing.
+            "reconstruct" (or "reconstruct:PASSES") these and then the whole MLP, "intercept" them and a bias, "bias"
+            the bias alone, "none" nothing.
         align: kept channel counts are multiples of it.
         min_channels: no MLP keeps fewer channels.
         gradient_sequences: how many calibration sequences the loss gradients see.
@@ -99,7 +99,7 @@ class Settings:
     ratio: float
     method: str = "wanda-sp"
     allocation: str = "protect"
-    refit: Mode = "least-squares"
+    refit: str = "least-squares"
     align: int = 32
     min_channels: int = 64
     gradient_sequences: int = 32
@@ -119,7 +119,7 @@ class Settings:
                 f"{self.gradient_sequences} "
                 "must all be at least 1"
             )
-        parse_mode(self.refit)
+        parse_refit(self.refit)
         if self.heads not in get_args(Heads):
             raise EdgepruneError(f"unknown --heads {self.heads!r}; expected {', '.join(get_args(Heads))}")
         if Method.parse(self.method).sampled and self.gradient_sequences < 2:
@@ -142,7 +142,7 @@ class Settings:
         Raises:
             EdgepruneError: if its checkpoints cannot carry what the refit would add, or stock code the widths.
         """
-        check_intercepts(model_type, self.refit, self.cut_kinds)
+        check_intercepts(model_type, self.mode, self.cut_kinds)
         if self.is_uniform:
             check_stock_widths(model_type)
 
@@ -154,12 +154,17 @@ class Settings:
         """
         if self.reads_moments:
             check_sequences(sequences)
-        if self.refit == "reconstruct" and sequences < HELD_OUT_EVERY:
+        if self.mode == "reconstruct" and sequences < HELD_OUT_EVERY:
             raise EdgepruneError(
                 f"refit reconstruct judges itself on one of {HELD_OUT_EVERY} calibration sequences, kept aside, and "
                 f"{sequences} leave none; raise --calibration-sequences to {HELD_OUT_EVERY} or more, or use --refit "
                 "least-squares"
             )
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the refit."""
+        return parse_refit(self.refit)[0]
 
     @property
     def is_uniform(self) -> bool:
@@ -234,7 +239,7 @@ def make_plan(
     settings.check_for(decoder.config.model_type)
     if settings.is_uniform:
         check_alike(decoder.groups)
-    if settings.refit == "reconstruct":
+    if settings.mode == "reconstruct":
         mlp_names(decoder.config, [group for group in decoder.groups if group.layer == 0])
     if with_moments is None:
         with_moments = settings.refit != "none"
@@ -305,7 +310,7 @@ def _plan_of(
     """What a keep list amounts to, and how it came about."""
     model, groups = decoder.model, decoder.groups
     before = count_parameters(model)
-    gone = _parameters_gone(model, groups, keep, settings.refit, _narrowed_kinds(groups, keep))
+    gone = _parameters_gone(model, groups, keep, settings.mode, _narrowed_kinds(groups, keep))
     blocks = count_parameters(decoder.blocks)
     return PrunePlan(
         model=name,
@@ -367,7 +372,7 @@ def allocate(
     keep: dict[str, tuple[int, ...]] = method.allocate(problem, argument or None)
     check_keep(groups, keep)
     wanted = round(settings.ratio * total)
-    reached = _parameters_gone(model, groups, keep, settings.refit, settings.cut_kinds)
+    reached = _parameters_gone(model, groups, keep, settings.mode, settings.cut_kinds)
     step = settings.align * sum(problem.channel_cost(layer) for layer in problem.layers)
     if abs(reached - wanted) > max(RATIO_TOLERANCE * total, step / 2):
         raise EdgepruneError(
@@ -420,7 +425,7 @@ def make_problem(
     Where the refit adds intercepts, their parameters have to leave as well; they are counted for every kind of group
     that may be narrowed.
     """
-    shapes, grown = _shapes_after_refit(model, groups, settings.refit, settings.cut_kinds)
+    shapes, grown = _shapes_after_refit(model, groups, settings.mode, settings.cut_kinds)
     costs = {group.name: unit_parameters(group, shapes) for group in groups}
     layers = []
     for _, members in itertools.groupby(groups, lambda group: group.layer):
@@ -488,14 +493,15 @@ def apply_plan(
         Name of each refitted Linear, and of each reconstructed MLP -> how that went.
     """
     decoder, journal = Decoder.of(model), Journal() if journal is None else journal
-    groups, mode = decoder.groups, parse_mode(plan.refit)
+    groups, (mode, passes) = decoder.groups, parse_refit(plan.refit)
     check_keep(groups, plan.keep)
     kinds = _narrowed_kinds(groups, plan.keep)
     narrowed = sorted({group.layer for group in groups if _is_narrowed(group, plan.keep)})
     paths = None
     if mode == "reconstruct" and narrowed:
         assert calibration is not None, "a reconstruction needs the calibration tokens"
-        paths = Paths(decoder, calibration.ids, dtype, journal, step_tokens=step_tokens)
+        ids = altered(calibration.ids, decoder.config.get_text_config().vocab_size)
+        paths = Paths(decoder, ids, dtype, journal, passes=passes, step_tokens=step_tokens)
     outcomes: dict[str, Outcome] = {}
     for layer, members in itertools.groupby(groups, lambda group: group.layer):
         progress("refit and cut", layer, decoder.layers)

@@ -14,6 +14,9 @@ another and no more than one block is in memory, so this works for a model of an
 where they are not hit better than before, the block keeps its closed-form refit. Blocks behind the first cut that stay
 whole are fitted like the others, since what is lost before them is theirs to mend as well.
 
+A calibration text names a part of the vocabulary, and what the other tokens need of the MLPs is lost unnoticed. The
+dense model is a teacher whatever it reads, so in every other sequence some tokens are exchanged for any (`altered`).
+
 Why not in closed form: with targets of the dense path, a least-squares fit of down_proj alone makes the whole model
 worse than its own targets do. The MLP as a whole can follow them.
 
@@ -33,13 +36,10 @@ from transformers import PreTrainedConfig
 from edgeprune.configs import architecture
 from edgeprune.groups import Group, blocks_name
 from edgeprune.journal import Journal, Rows
-from edgeprune.refit import Outcome
+from edgeprune.refit import PASSES, Outcome
 from edgeprune.statistics import BATCH_TOKENS, held_out
 from edgeprune.streaming import Decoder, Pass
 from edgeprune_runtime.errors import EdgepruneError
-
-EPOCHS = 3
-"""How often every token is seen. More of it won nothing on other text than that which is calibrated on."""
 
 STEP_TOKENS = 1024
 """Tokens of one step of Adam."""
@@ -59,6 +59,9 @@ JUDGED_TOKENS = 8192
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; it falls to nothing along a cosine in the others."""
 
+ALTERED_TOKENS = 0.15
+"""Share of the tokens of an altered sequence that are exchanged for random ones, the share that BERT masks."""
+
 SEED = 0
 
 BETAS = (0.9, 0.99)
@@ -75,6 +78,7 @@ class Paths:
         dtype: torch.dtype,
         journal: Journal,
         *,
+        passes: int = PASSES,
         step_tokens: int = BATCH_TOKENS,
         name: str = "",
         keeps_zeros: bool = False,
@@ -86,6 +90,7 @@ class Paths:
             ids: calibration tokens `(N, T)` int64.
             dtype: of the matrix products.
             journal: keeps the hidden states.
+            passes: how often a fit sees every token.
             step_tokens: tokens that go through a block at once.
             name: sets its rows apart from those of others in the journal.
             keeps_zeros: weights that are zero stay zero in a fit.
@@ -94,6 +99,7 @@ class Paths:
         self._ids = ids
         self._journal = journal
         self._name = name
+        self._passes = passes
         self._keeps_zeros = keeps_zeros
         judged = min(len(held_out(ids)), -(-JUDGED_TOKENS // ids.shape[1]))
         self._fitting = len(ids) - judged
@@ -238,10 +244,10 @@ class Paths:
         return missed
 
     def _batches(self, read: Rows, target: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Shuffled tokens `(S, D)` of the sequences that are fitted, and their targets, for all epochs."""
+        """Shuffled tokens `(S, D)` of the sequences that are fitted, and their targets, for all passes."""
         generator = torch.Generator().manual_seed(SEED)
         at_once = max(1, SHUFFLED_TOKENS // self._ids.shape[1])
-        for _ in range(EPOCHS):
+        for _ in range(self._passes):
             sequences = torch.randperm(self._fitting, generator=generator).tolist()
             for begin in range(0, len(sequences), at_once):
                 rows = [slice(number, number + 1) for number in sequences[begin : begin + at_once]]
@@ -254,7 +260,7 @@ class Paths:
         at_once = max(1, SHUFFLED_TOKENS // self._ids.shape[1])
         whole, rest = divmod(self._fitting, at_once)
         steps = [-(-count * self._ids.shape[1] // STEP_TOKENS) for count in (at_once, rest)]
-        return EPOCHS * (whole * steps[0] + steps[1])
+        return self._passes * (whole * steps[0] + steps[1])
 
     def _run(self, layer: int, block: nn.Module, source: Rows, output: Rows) -> None:
         with torch.no_grad():
@@ -308,6 +314,19 @@ class _Missed:
     def _share(self, which: int) -> float:
         missed, energy = self._sums[which].tolist()
         return float(missed / max(energy, torch.finfo(torch.float64).tiny))
+
+
+def altered(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Sequences `(N, T)` int64 of which every other one has some of its tokens exchanged for any of the vocabulary.
+
+    The sequences kept aside (`held_out`) stay as they are, since they judge.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    strangers = torch.randint(vocabulary, ids.shape, generator=generator)
+    is_altered = torch.rand(ids.shape, generator=generator) < ALTERED_TOKENS
+    is_altered[1::2] = False
+    is_altered[len(ids) - len(held_out(ids)) :] = False
+    return torch.where(is_altered, strangers, ids)
 
 
 def mlp_names(config: PreTrainedConfig, groups: Sequence[Group]) -> Sequence[str]:

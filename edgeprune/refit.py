@@ -42,6 +42,9 @@ weights and an intercept; the intercept alone."""
 RIDGES = (1e-3, 1e-2, 1e-1, 0.5)
 """lam as a share of the mean diagonal of H, to choose from: little text wants much of it."""
 
+PASSES, MOST_PASSES = 3, 1000
+"""How often a reconstruction sees every token, if nobody says; and at most."""
+
 DAMPING = 0.01
 """lam where no tokens are kept aside: what SparseGPT (arXiv 2301.00774) and ZipLM use."""
 
@@ -134,15 +137,24 @@ def refit(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor, mo
     )
 
 
-def parse_mode(name: str) -> Mode:
-    """The refit mode of this name.
+def parse_refit(text: str) -> tuple[Mode, int]:
+    """The mode that `MODE` or `reconstruct:PASSES` names, and the passes of its reconstruction (0 without one).
 
     Raises:
-        EdgepruneError: if there is none.
+        EdgepruneError: if there is no such mode, or no such number of passes.
     """
+    name, colon, passes = text.partition(":")
     if name not in get_args(Mode):
-        raise EdgepruneError(f"unknown refit {name!r}; expected {', '.join(get_args(Mode))}")
-    return cast("Mode", name)
+        raise EdgepruneError(f"unknown refit {text!r}; expected {', '.join(get_args(Mode))}, or reconstruct:PASSES")
+    mode = cast("Mode", name)
+    if not colon:
+        return mode, PASSES if mode == "reconstruct" else 0
+    is_number = passes.isascii() and passes.isdecimal() and len(passes) <= len(str(MOST_PASSES))
+    if mode != "reconstruct" or not is_number or not 1 <= int(passes) <= MOST_PASSES:
+        raise EdgepruneError(
+            f"refit {text!r} was not understood; only reconstruct has passes, 1 to {MOST_PASSES}, such as reconstruct:5"
+        )
+    return mode, int(passes)
 
 
 def refit_linear(linear: Linear, group: Group, units: Sequence[int], moments: Moments, mode: Mode) -> Outcome:

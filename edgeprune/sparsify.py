@@ -36,7 +36,7 @@ from edgeprune.journal import Entry, Journal
 from edgeprune.patterns import Pattern
 from edgeprune.plan import SparsityRecord
 from edgeprune.reconstruct import Paths, mlp_names
-from edgeprune.refit import Outcome
+from edgeprune.refit import Mode, Outcome, parse_refit
 from edgeprune.shrink import linear_of, oriented, weight_of
 from edgeprune.sparsity import Evidence
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, Progress
@@ -46,7 +46,7 @@ from edgeprune_runtime.errors import EdgepruneError
 
 Scope = Literal["mlp", "all"]
 Layout = Literal["hardware", "paper"]
-Refit = Literal["none", "least-squares", "reconstruct"]
+REFITS: Sequence[Mode] = ("none", "least-squares", "reconstruct")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Sparsity:
         layout: "hardware": blocks lie along the inputs, as sparse tensor cores need them; "paper": where the method's
             paper has them.
         refit: what makes up for the zeros: nothing; the survivors of each Linear ("least-squares"); these, and then the
-            MLP as a whole ("reconstruct").
+            MLP as a whole ("reconstruct", or "reconstruct:PASSES").
     """
 
     pattern: str
     method: str = "alps"
     scope: Scope = "mlp"
     layout: Layout = "hardware"
-    refit: Refit = "none"
+    refit: str = "none"
 
     def check(self) -> None:
         """Check everything that needs no model.
@@ -88,9 +88,9 @@ class Sparsity:
                 f"--sparsity-layout paper goes with methods whose paper has other blocks than the hardware, and "
                 f"{self.method} is none; expected --sparsity-method dass, or --sparsity-layout hardware"
             )
-        if self.refit not in get_args(Refit):
+        if self.mode not in REFITS:
             raise EdgepruneError(
-                f"refit {self.refit!r} does not know zeros; expected {', '.join(get_args(Refit))} with --sparsity"
+                f"refit {self.refit!r} does not know zeros; expected {', '.join(REFITS)} with --sparsity"
             )
 
     def check_sequences(self, sequences: int) -> None:
@@ -112,8 +112,13 @@ class Sparsity:
         Raises:
             EdgepruneError: if its MLPs cannot be reconstructed, and are to be.
         """
-        if self.refit == "reconstruct":
+        if self.mode == "reconstruct":
             mlp_names(config, next(_layers(groups)))
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the refit."""
+        return parse_refit(self.refit)[0]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -147,7 +152,7 @@ class Sparsity:
         return {name: of_gates if name in gates else "in" for name in names}
 
 
-def default_refit(method: str) -> Refit:
+def default_refit(method: str) -> Mode:
     """What makes up for the zeros of a method, if nobody says: nothing where it has fitted what stays.
 
     Never "reconstruct": on top of ALPS, SmolLM2 has a tenth less perplexity and loses a third of its accuracy on
@@ -156,7 +161,7 @@ def default_refit(method: str) -> Refit:
     Raises:
         EdgepruneError: if there is no such method.
     """
-    found: Refit = getattr(plugins.find("sparsity", method, "sparsity method"), "REFIT", "least-squares")
+    found: Mode = getattr(plugins.find("sparsity", method, "sparsity method"), "REFIT", "least-squares")
     return found
 
 
@@ -238,11 +243,20 @@ class _Walk:
         self._method = plugins.find("sparsity", sparsity.method, "sparsity method")
         self._reads = sparsity.needs
         self._groups = list(_layers(decoder.groups))
-        self.paths = Paths(decoder, ids, dtype, journal, step_tokens=step_tokens, name="sparse", keeps_zeros=True)
+        self.paths = Paths(
+            decoder,
+            ids,
+            dtype,
+            journal,
+            passes=parse_refit(sparsity.refit)[1],
+            step_tokens=step_tokens,
+            name="sparse",
+            keeps_zeros=True,
+        )
 
     def block(self, layer: int) -> Entry:
         """The tensors of a block with their zeros, in place, and how the refit of each Linear went."""
-        reconstructs = self._sparsity.refit == "reconstruct"
+        reconstructs = self._sparsity.mode == "reconstruct"
         if reconstructs:
             self.paths.advance_dense(layer)
         elif layer == 0 and self._reads:

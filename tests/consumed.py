@@ -13,10 +13,15 @@ from edgeprune_runtime.tokenizer import Tokenizer
 WriteBundle = Callable[[Any, Any, Sequence[Sequence[int]], Sequence[int]], Path]
 """Of a model, its tokenizer, and for each layer the KV heads and the number of channels that stay."""
 
+WithFloatProducts = Callable[[Path], Path]
+"""Of a bundle, the same one whose products do not round their inputs."""
+
 BUNDLES = ("toy_bundle", "smollm2_bundle")
 """Fixtures that make the bundles of these tests."""
 
 VARIANTS = ("fp32", "int8", "int8-dynamic", "int4")
+BLOCKWISE = ("int8", "int4")
+"""Their products round inputs to 8 bits where a runtime has kernels for that; without these they are in float32."""
 NEW_TOKENS = 24
 TEXTS = (
     "The capital of France is",

@@ -395,6 +395,20 @@ def test_other_accuracy_levels_share_all_but_the_level(peer_graphs: Any, tmp_pat
     assert peer_graphs.at_level(graph, 0, tmp_path / "twin") == twin
 
 
+def test_load_of_what_was_packed_is_held_against_what_it_was_packed_from(peer_tables: Any, tmp_path: Path) -> None:
+    (tmp_path / "graph").write_bytes(bytes(240))
+    plain = peer_tables.Model("ours int4", "onnx", tmp_path, (tmp_path / "graph",), 100, 10, 8, 4)
+    packed = replace(plain, name="ours int4, packed here", unpacked_bytes=100)
+    cold = {"rss_before_bytes": 50, "load_peak_rss_bytes": 150, "load_peak_anonymous_bytes": 20}
+    cold |= {"load_peak_file_bytes": 80, "load_ms": 1.0, "first_token_ms": 2.0, "is_cold": True}
+    found = {"cold": cold, "load_ms": 1.0}
+    table, verdicts = peer_tables._load_table([plain, packed], [{plain.name: found, packed.name: found}])
+    column = table.columns.index("(peak - before) / files")
+    assert [row[column] for row in table.rows] == pytest.approx([100 / 240, 1.0])
+    assert "takes 1.00 times the files it was packed from" in verdicts[1].text
+    assert verdicts[1].passed
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [("--mobius-python", "mobius-onnx==0.1.0"), ("--llama-python", "llama-cpp-python==0.3.36")],
@@ -417,11 +431,21 @@ def test_runtime_peers_go_on_where_they_stopped_and_say_who_is_missing(stories26
     assert first["data"]["missing"] == ["genai builder", "mobius-onnx", "llama.cpp", "pruned"]
     tables = {table["title"]: table["rows"] for table in first["tables"]}
     speed = {row["model"]: row for row in tables["Speed and what rounding costs"]}
-    assert set(speed) == {"ours fp32", "ours int8", "ours int8, level 0", "ours int4", "ours int4, level 0"}
+    assert set(speed) == {
+        *("ours fp32", "ours int8", "ours int8, level 0", "ours int4", "ours int4, level 0"),
+        *("ours fp32, packed here", "ours int8, packed here", "ours int4, packed here"),
+    }
+    for name in ("ours fp32", "ours int8", "ours int4"):
+        packed = speed[f"{name}, packed here"]
+        assert packed["perplexity / ours fp32"] == speed[name]["perplexity / ours fp32"]
     assert speed["ours fp32"]["same likeliest token"] == 1.0
     assert 1.0 < speed["ours int4, level 0"]["perplexity / ours fp32"] < 1.5
     assert all(row["share of the floor"] > 0 for row in tables["Decode against the memory's floor"])
-    assert [row["wanted"] for row in tables["Ours against others, paired by round"]] == [None] * 4
+    assert [row["wanted"] for row in tables["Ours against others, paired by round"]] == [None] * 10
+    load = {row["model"]: row for row in tables["Load"]}
+    if Path("/proc/self/status").exists():
+        assert 0 < load["ours int4"]["of its own / files"] < load["ours int4"]["(peak - before) / files"] * 1.1
+    assert load["ours int4, packed here"]["files, MB"] > load["ours int4"]["files, MB"]
     assert all("pip" in row["how to get it"] or "edgeprune" in row["how to get it"] for row in tables["Not measured"])
 
 

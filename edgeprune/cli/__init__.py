@@ -64,4 +64,5 @@ import edgeprune.cli.compress  # noqa: E402 - each command module registers itse
 import edgeprune.cli.device  # noqa: E402
 import edgeprune.cli.doctor  # noqa: E402
 import edgeprune.cli.export  # noqa: E402
-import edgeprune.cli.inspect  # noqa: E402, F401
+import edgeprune.cli.inspect  # noqa: E402
+import edgeprune.cli.pack  # noqa: E402, F401

@@ -100,8 +100,9 @@ def compress(
         str | None,
         typer.Option(
             metavar="MODE",
-            help="Of o_proj and down_proj: least-squares; reconstruct (then the whole MLP); intercept (and a bias), "
-            f"bias (alone), none; {_of_presets('refit')} Of sparse Linears: none after alps, else least-squares.",
+            help="Of o_proj and down_proj: least-squares; reconstruct[:PASSES] (then the whole MLP); intercept (and a "
+            f"bias), bias (alone), none; {_of_presets('refit')} Of sparse Linears: none after alps, else "
+            "least-squares.",
             show_default=False,
             rich_help_panel=PRUNING,
         ),
@@ -379,7 +380,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     from edgeprune.sparsify import sparsify
     from edgeprune_export.exporting import check_precisions
     from edgeprune_export.gptq import RoundingData
-    from edgeprune_export.model_card import Origin, add_results, measured_results
+    from edgeprune_export.model_card import Origin, add_results, checkpoint_card, measured_results
     from edgeprune_export.targets import check_names, choose
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import atomic_folder
@@ -480,9 +481,10 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                         progress=lambda phase, done, total: step("", done / total),
                     )
                 report = with_refit(report, outcomes, SPARSE_REFIT_TABLE)
+            card = checkpoint_card(source, plan, after)
             if options.checkpoint_only:
                 with stages.stage("save and read back"):
-                    saved = save(decoder, tokenizer, plan, after, options.output, force=options.force)
+                    saved = save(decoder, tokenizer, plan, after, options.output, force=options.force, card=card)
                 _check_form(options, saved)
                 report = with_zeros(report, saved.zeros, "the checkpoint")
                 _show(report, as_json=options.as_json, is_last=True, is_measured=False, shown=only_refit(report))
@@ -490,7 +492,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             else:
                 with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
                     with stages.stage("save and read back"):
-                        saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT)
+                        saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT, card=card)
                     _check_form(options, saved)
                     report = with_zeros(report, saved.zeros, "the checkpoint")
                     # the exports load what they need; all of it at once would be too much for a small machine

@@ -17,11 +17,14 @@ from edgeprune.cli import app
 from edgeprune_runtime.errors import EdgepruneError
 
 if TYPE_CHECKING:
+    from edgeprune_runtime.bundle import Bundle
     from edgeprune_runtime.report import Report
 
 REPORT_FILE, REPORT_KIND = "report.json", "an earlier report"
 
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle.", show_default=False)]
+BundleFolder = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or a .ort file in one.", show_default=False)
+]
 Variant = Annotated[str | None, typer.Option(help="Which of the bundle's graphs; default: the manifest's.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime: cpu, cuda, coreml, webgpu, qnn ...")]
 Threads = Annotated[
@@ -72,6 +75,7 @@ def run(
         messages = [{"role": "system", "content": system}] if system is not None else []
         ids = tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
     check_context(bundle.manifest, len(ids))
+    _say_packed(bundle, provider, quiet)
     decoder = Decoder(bundle, provider=provider, threads=threads)
     generation = Generation(decoder, ids, max_new_tokens=max_new_tokens, sampling=sampling)
 
@@ -111,6 +115,7 @@ def run(
                 "provider": provider,
                 "threads": decoder.threads,
                 "variant": bundle.variant_name,
+                "is_packed": decoder.packed is not None,
             }
         )
 
@@ -129,6 +134,7 @@ def validate(
     from edgeprune_runtime.bundle import open_bundle
 
     bundle = open_bundle(folder, variant)
+    _say_packed(bundle, provider, quiet)
     with _status("validating", quiet) as update:
         result = validation.validate(
             bundle, provider=provider, threads=threads, on_check=lambda check: update(f"checked {check.name}")
@@ -166,6 +172,7 @@ def evaluate(
     bundle = open_bundle(folder, variant)
     tokenizer = Tokenizer.load(bundle)
     source = read_text(text, rows_joined=rows_joined)
+    _say_packed(bundle, provider, quiet)
     decoder = Decoder(bundle, provider=provider, threads=threads)
     with _progress("windows", quiet) as advance:
         result = measure_perplexity(
@@ -206,15 +213,19 @@ def bench(
 ) -> None:
     """Measure latency, throughput and memory of a bundle, or of two in turns, on this machine."""
     from edgeprune_runtime import bench as benchmark
+    from edgeprune_runtime.bundle import open_bundle
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import check_output
 
     if output is not None:
         check_output(output, force=force, marker=REPORT_FILE, what=REPORT_KIND)
     memory_bytes = parse_size(memory) if memory is not None else None
+    folders = [a] if b is None else [a, b]
+    for folder in folders:
+        _say_packed(open_bundle(folder, variant), provider, quiet)
     with _progress("rounds", quiet) as advance:
         result = benchmark.bench(
-            [a] if b is None else [a, b],
+            folders,
             variant=variant,
             prompt_tokens=prompt_tokens,
             generate_tokens=generate_tokens,
@@ -228,6 +239,15 @@ def bench(
     if output is not None:
         _save_report(report, output, force=force)
     _show(report, as_json=as_json)
+
+
+def _say_packed(bundle: "Bundle", provider: str, quiet: bool) -> None:
+    """Whether the variant's packed copy is run, if it has one."""
+    from edgeprune_runtime.packed import find_packed
+
+    packed = find_packed(bundle, provider)
+    if packed is not None and not quiet:
+        typer.echo(packed.sentence(bundle.variant_name), err=True)
 
 
 def _show(report: "Report", *, as_json: bool) -> None:

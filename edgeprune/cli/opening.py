@@ -143,7 +143,7 @@ def fit_memory(
         graded=graded_sequences(options, settings),
         journal_in_memory=options.dry_run,
         searches=settings.reads_moments,
-        reconstructs="reconstruct" in (settings.refit, sparsity and sparsity.refit) and not options.dry_run,
+        reconstructs="reconstruct" in (settings.mode, sparsity and sparsity.mode) and not options.dry_run,
         zeros=sparsity.scope if sparsity and not options.dry_run else None,
         sums_products=sparsity is not None and "gram" in sparsity.needs,
     )

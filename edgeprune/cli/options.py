@@ -10,8 +10,7 @@ from edgeprune.presets import PRESETS, Preset
 if TYPE_CHECKING:
     from edgeprune.budget import Heads
     from edgeprune.pruning import Settings, Widths
-    from edgeprune.refit import Mode
-    from edgeprune.sparsify import Refit, Sparsity
+    from edgeprune.sparsify import Sparsity
 
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
 OUTPUT_KIND = "an output of compress"
@@ -104,7 +103,7 @@ def settings_of(options: Options) -> "Settings":
         ratio=options.ratio,
         method=options.method,
         allocation=options.allocation,
-        refit=cast("Mode", options.refit),  # check() says so if it is none
+        refit=options.refit,
         align=options.align,
         min_channels=options.min_channels,
         gradient_sequences=options.gradient_sequences,
@@ -135,8 +134,7 @@ def sparsity_of(options: Options) -> "Sparsity | None":
                 "--sparsity 2:4"
             )
         return None
-    # check() says so if the user's is none
-    refit = cast("Refit | None", options.sparsity_refit) or default_refit(changes.get("method", Sparsity.method))
+    refit = options.sparsity_refit or default_refit(changes.get("method", Sparsity.method))
     return Sparsity(options.sparsity, **changes, refit=refit)
 
 

@@ -4,6 +4,9 @@ const MANIFEST = "bundle/edgeprune.json";
 // How a graph's file name ends -> what transformers.js calls that variant (its `dtype`).
 const DTYPES = { "": "fp32", _fp16: "fp16", _quantized: "q8", _int8: "int8", _q4: "q4" };
 const DEVICES = { wasm: "CPU (WebAssembly)", webgpu: "GPU (WebGPU, not verified)" };
+// Why WebGPU is not there: a page that came over plain http from another machine is not told of it.
+const NO_WEBGPU = "This browser has no WebGPU here";
+const NO_ADAPTER = "This browser's WebGPU finds no graphics adapter";
 
 const element = (id) => document.getElementById(id);
 const chosen = new URLSearchParams(location.search);
@@ -63,11 +66,18 @@ function describe(manifest) {
   element("variant").value = Object.hasOwn(manifest.variants, wanted) ? wanted : manifest.default_variant;
 }
 
-async function offerDevices() {
+/** Fill the list of devices; what was asked for by the address or, without it, by the bundle's target is chosen. */
+async function offerDevices(manifest) {
   const adapter = await navigator.gpu?.requestAdapter();
   const devices = adapter ? ["wasm", "webgpu"] : ["wasm"];
+  const wanted = chosen.get("device") ?? manifest.target;
   element("device").replaceChildren(...devices.map((name) => option(name, DEVICES[name])));
-  element("device").value = devices.includes(chosen.get("device")) ? chosen.get("device") : "wasm";
+  element("device").value = devices.includes(wanted) ? wanted : "wasm";
+  if (wanted === "webgpu" && !adapter) {
+    const reason = navigator.gpu ? NO_ADAPTER : NO_WEBGPU;
+    element("notice").textContent = `${reason}: the model runs on the CPU instead.`;
+    element("notice").hidden = false;
+  }
 }
 
 function load(manifest) {
@@ -143,7 +153,7 @@ async function start() {
   }
   const manifest = await response.json();
   describe(manifest);
-  await offerDevices();
+  await offerDevices(manifest);
   for (const id of ["variant", "device"]) {
     element(id).addEventListener("change", () => load(manifest));
   }

@@ -14,6 +14,10 @@ layers. A token's rotary position is its slot, minus the masked slots that lie b
 itself: leading padding shifts a whole sequence, which rotary embeddings do not see, and the gap that right padding
 leaves before the decoded tokens is closed. Only a mask with holes *inside one prompt* is not taken: in a prompt the
 operator counts slots.
+
+**Rotary tables.** The operators read cosines and sines from a table of all positions. Its file would be as large as
+`context_tokens` is long, so the graph has frequencies alone and says how the table comes of them; as all of that is
+constant, ONNX Runtime computes it once, when it opens the session.
 """
 
 import copy
@@ -30,7 +34,7 @@ from edgeprune.groups import LayerWidths
 from edgeprune_export import interface
 from edgeprune_export.external_data import ExternalData
 from edgeprune_export.graph_writer import MICROSOFT, Attributes, GraphWriter, Table
-from edgeprune_export.positions import layer_kind, rotary_tables, uses_rope, window_of
+from edgeprune_export.positions import Rotation, context_tokens, layer_kind, rotations, uses_rope, window_of
 from edgeprune_export.quantize import RoundedWeights
 from edgeprune_export.weights import Array
 from edgeprune_runtime.errors import EdgepruneError
@@ -244,12 +248,34 @@ class _Builder(GraphWriter):
         )
 
     def _tables(self) -> dict[str | None, _Rotary]:
-        found = {}
-        for kind, tables in rotary_tables(self.weights.model).items():
-            name = f"rotary.{kind}" if kind else "rotary"
-            cos, sin = self.initializer(f"{name}.cos", tables.cos), self.initializer(f"{name}.sin", tables.sin)
-            found[kind] = _Rotary(cos, sin, tables.rotary_dim)
-        return found
+        op, const = self.op, self.constant
+        limits = {"first": 0, "context_tokens": context_tokens(self._config), "step": 1}
+        numbers = op(
+            "Range", [const(f"rotary.{name}", np.array(each)) for name, each in limits.items()], "rotary/range"
+        )
+        # Angles are float32 in a graph of float16 too, as the model computes them: float16 has no number beyond 65504,
+        # and not each one beyond 2048.
+        floats = op("Cast", [numbers], "rotary/float", {"to": ir.DataType.FLOAT.value})
+        positions = op("Unsqueeze", [floats, const("rotary.columns", np.array([1]))], "rotary/positions")
+        return {
+            kind: self._rotary(f"rotary.{kind}" if kind else "rotary", positions, rotation)
+            for kind, rotation in rotations(self.weights.model).items()
+        }
+
+    def _rotary(self, name: str, positions: ir.Value, rotation: Rotation) -> _Rotary:
+        frequencies = self.constant(f"{name}.frequencies", rotation.frequencies[None])
+        angles = self.op("Mul", [positions, frequencies], f"{name}/angles")
+        tables = []
+        for function in ("Cos", "Sin"):
+            table = self.op(function, [angles], f"{name}/{function}")
+            if rotation.scale != 1.0:
+                scale = self.constant(f"{name}.scale", np.array(rotation.scale, np.float32))
+                table = self.op("Mul", [table, scale], f"{name}/{function}/scaled")
+            if self.dtype != ir.DataType.FLOAT:
+                table = self.op("Cast", [table], f"{name}/{function}/cast", {"to": self.dtype.value})
+            tables.append(table)
+        cos, sin = tables
+        return _Rotary(cos, sin, rotation.rotary_dim)
 
     def _attention(
         self, layer: int, widths: LayerWidths, x: ir.Value, shared: _Shared

@@ -17,6 +17,13 @@ PAGE_BYTES, MAPPED_TENSOR_BYTES = 4096, 1 << 16
 CACHE_LINE_BYTES = 64
 
 
+def alignment_of(size_bytes: int) -> int:
+    """What the offset of a tensor of so many bytes should be a multiple of."""
+    if size_bytes < MAPPED_TENSOR_BYTES:
+        return CACHE_LINE_BYTES
+    return GRANULARITY_BYTES if size_bytes >= LARGE_TENSOR_BYTES else PAGE_BYTES
+
+
 class ExternalData:
     """An external data file that grows by `add`; each array can be dropped as soon as it is added."""
 
@@ -58,10 +65,7 @@ class ExternalData:
 
     def add(self, name: str, array: NDArray[np.generic]) -> ir.ExternalTensor:
         """Append one array, aligned, and return the tensor that points at it."""
-        alignment = CACHE_LINE_BYTES
-        if array.nbytes >= MAPPED_TENSOR_BYTES:
-            alignment = GRANULARITY_BYTES if array.nbytes >= LARGE_TENSOR_BYTES else PAGE_BYTES
-        self._write(bytes(-self._offset % alignment))
+        self._write(bytes(-self._offset % alignment_of(array.nbytes)))
         offset = self._offset
         contiguous = np.ascontiguousarray(array)
         self._write(contiguous.reshape(-1).view(np.uint8).data)

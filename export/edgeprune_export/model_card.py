@@ -1,7 +1,8 @@
 """The model card of a bundle, `README.md`: what was done to the model, what it cost, and how to load it everywhere.
 
 The text is a pure function of the manifest and of what the checkpoint says of its origin; the code that it shows is in
-`snippets`. Names and notes come from checkpoints of strangers: none of them may become Markdown, HTML or YAML.
+`snippets`. A pruned checkpoint has a shorter one, from which the bundle's takes base model and licence. Names and notes
+come from checkpoints of strangers: none of them may become Markdown, HTML or YAML.
 """
 
 import itertools
@@ -11,6 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import edgeprune_runtime
+from edgeprune.checkpoint import CARD_FILE as CARD_FILE
+from edgeprune.groups import LayerWidths
+from edgeprune.plan import PrunePlan
 from edgeprune.sources import HUB_ID, NAMED, Source
 from edgeprune_export.snippets import SNIPPETS, optimum_obstacle, snippets
 from edgeprune_export.sparsity_check import found_zeros
@@ -25,9 +30,15 @@ from edgeprune_runtime.bundle import (
 from edgeprune_runtime.report import Report, describe_machine, format_cell
 from edgeprune_runtime.untrusted import Fields, Json, read_json
 
-CARD_FILE = "README.md"
 MEASURED = "measured"
 """Key of a manifest's results: how the bundle did against the dense model, as `measured_results` says it."""
+
+CHECKPOINT_CODE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("CHECKPOINT", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("CHECKPOINT")
+"""
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 LICENCE_ID = re.compile(r"[\w.-]+")
@@ -110,16 +121,39 @@ def model_card(
     """
     origin = origin or Origin()
     parts = [
-        _front_matter(manifest, origin, licence_file),
+        _front_matter(origin, licence_file, _tags(manifest), "transformers.js"),
         f"# {plain(manifest.model.name)}",
         _summary(manifest),
-        *_removed(manifest),
+        *_removed(manifest.plan, manifest.layers),
         *_zeros(manifest),
         *_variants(manifest),
         *_measured(manifest),
         *_use(manifest, has_chat),
         *_notes(manifest),
         *_licence(origin, licence_file),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def checkpoint_card(source: Source, plan: PrunePlan, widths: Sequence[LayerWidths]) -> str:
+    """The text of a pruned checkpoint's `README.md`, of the widths that its layers now have.
+
+    A bundle that is made from the checkpoint later says of its origin what this says.
+    """
+    summary, origin = plan.summary(), Origin.of_source(source)
+    layers = [Layer(width.heads, width.kv_heads, width.head_dim, width.channels) for width in widths]
+    parts = [
+        _front_matter(origin, None, ["edgeprune", *_tags_of(summary)], "transformers"),
+        f"# {plain(f'{Path(source.name).name} (pruned)')}",
+        f"A checkpoint in the form of Hugging Face's transformers, made from {plain(plan.model)} by edgeprune "
+        f"{edgeprune_runtime.__version__}.",
+        *_removed(summary, layers),
+        *([f"Some of the weights that stay are zero. {_pattern(summary['sparsity'])}."] if summary["sparsity"] else []),
+        "## Use",
+        f"`CHECKPOINT` stands for the path of this folder.\n\n```python\n{CHECKPOINT_CODE}```",
+        "`trust_remote_code` runs `modeling_edgeprune.py` of this folder, where the layers differ in their widths; "
+        "`edgeprune.load_pruned` runs none of its code. For devices: `edgeprune export CHECKPOINT`.",
+        *_licence(origin, None),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -160,7 +194,18 @@ def _has_chat(folder: Path) -> bool:
     return "chat_template" in read_json(folder / TOKENIZER_CONFIG_FILE, limit_bytes=MAX_CONFIG_BYTES)
 
 
-def _front_matter(manifest: Manifest, origin: Origin, licence_file: str | None) -> str:
+def _tags(manifest: Manifest) -> list[str]:
+    of_plan = _tags_of(manifest.plan) if manifest.plan is not None else []
+    others = [name for name in manifest.variants if name != "fp32"]
+    return ["onnx", "onnxruntime", "onnxruntime-genai", "edgeprune", *of_plan, *others]
+
+
+def _tags_of(plan: Mapping[str, Json]) -> list[str]:
+    pruned = ["pruned"] if Fields(plan, "plan").number("ratio_reached") > 0 else []
+    return [*pruned, *(["sparse"] if plan.get("sparsity") else [])]
+
+
+def _front_matter(origin: Origin, licence_file: str | None, tags: Sequence[str], library: str) -> str:
     """YAML for the Hugging Face hub; its strings are JSON's, which are YAML's too."""
     data: dict[str, Json] = {}
     if origin.base_model is not None and HUB_ID.fullmatch(origin.base_model):
@@ -172,14 +217,8 @@ def _front_matter(manifest: Manifest, origin: Origin, licence_file: str | None) 
                 data[key] = value
     elif licence_file is not None:
         data |= {"license": "other", "license_link": licence_file}
-    tags = ["onnx", "onnxruntime", "onnxruntime-genai", "edgeprune"]
-    if manifest.plan is not None:
-        plan = Fields(manifest.plan, "plan")
-        tags += ["pruned"] if plan.number("ratio_reached") > 0 else []
-        tags += ["sparse"] if manifest.plan.get("sparsity") else []
-    tags += [name for name in manifest.variants if name != "fp32"]
-    data |= {"library_name": "transformers.js", "pipeline_tag": "text-generation", "tags": tags}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in data.items() if key != "tags"]
+    data |= {"library_name": library, "pipeline_tag": "text-generation"}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in data.items()]
     return "\n".join(["---", *lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
 
 
@@ -192,12 +231,12 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
-def _removed(manifest: Manifest) -> Iterator[str]:
+def _removed(stated: Mapping[str, Json] | None, layers: Sequence[Layer]) -> Iterator[str]:
     yield "## What was removed"
-    if manifest.plan is None:
+    if stated is None:
         yield "Nothing: this is the model as it was, in another form."
     else:
-        plan = Fields(manifest.plan, "plan")
+        plan = Fields(stated, "plan")
         before, after = plan.count("parameters_before"), plan.count("parameters_after")
         if before == after:
             yield "No head and no channel: all layers are as wide as they were."
@@ -210,11 +249,8 @@ def _removed(manifest: Manifest) -> Iterator[str]:
                 f"Importance {plain(plan.text('method'))}, allocation {plain(plan.text('allocation'))}, refit "
                 f"{plain(plan.text('refit'))}."
             )
-            yield words + _calibration(manifest.plan)
-    rows = [
-        (layers, layer.heads, layer.kv_heads, layer.head_dim, layer.channels)
-        for layers, layer in _runs(manifest.layers)
-    ]
+            yield words + _calibration(stated)
+    rows = [(run, layer.heads, layer.kv_heads, layer.head_dim, layer.channels) for run, layer in _runs(layers)]
     yield _table(("layers", "query heads", "KV heads", "head_dim", "channels"), rows)
 
 
@@ -239,13 +275,18 @@ def _zeros(manifest: Manifest) -> Iterator[str]:
     zeros, record = found_zeros(manifest), (manifest.plan or {}).get("sparsity")
     if zeros is None or not isinstance(record, Mapping):
         return
-    fields = Fields(record, "plan.sparsity")
     yield "## Zeros in the weights"
     yield (
-        f"Pattern {plain(fields.text('pattern'))} in {fields.count('linears')} Linears (scope "
-        f"{plain(fields.text('scope'))}, method {plain(fields.text('method'))}, layout "
-        f"{plain(fields.text('layout'))}): {zeros.sparsity:.2%} of {zeros.weights:,} weights are zero, counted in the "
+        f"{_pattern(record)}: {zeros.sparsity:.2%} of {zeros.weights:,} weights are zero, counted in the "
         "graph. Kernels for CPUs multiply by zeros as by other numbers, so they win no time there."
+    )
+
+
+def _pattern(record: Mapping[str, Json]) -> str:
+    fields = Fields(record, "plan.sparsity")
+    return (
+        f"Pattern {plain(fields.text('pattern'))} in {fields.count('linears')} Linears (scope "
+        f"{plain(fields.text('scope'))}, method {plain(fields.text('method'))}, layout {plain(fields.text('layout'))})"
     )
 
 

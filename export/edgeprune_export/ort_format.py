@@ -4,9 +4,10 @@
     mobile_findings   what ONNX Runtime's mobile usability check says of NNAPI and CoreML
 
 The file holds the graph as it is after optimisation, and its weights: external data goes into it, and as FlatBuffers
-count their bytes in 31 bits, so does the format. A rounded table that embedding and output share has two shapes in the
-graph over the same bytes, and lies in the file twice. The list of operators is what `--include_ops_by_config` of ONNX
-Runtime's build takes, so that a build for one app carries no other kernels; the full packages read the file as well.
+count their bytes in 31 bits, so does the format. It has no word for two tensors over the same bytes, as a rounded table
+is that embedding and output share in two shapes: one of them is written as a `Reshape` of the other, which copies
+nothing. The list of operators is what `--include_ops_by_config` of ONNX Runtime's build takes, so that a build for one
+app carries no other kernels; the full packages read the file as well.
 """
 
 import logging
@@ -48,6 +49,9 @@ CHECK_TOKENS = 8
 
 _FAILURES: tuple[type[Exception], ...] = (*ORT_ERRORS, MemoryError)
 _DTYPES: dict[str, DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+# The products pack such a weight when a session starts, which they do with initialisers alone.
+PACKING_OPERATOR = "MatMulNBits"
 
 Advice = Literal["yes", "maybe", "no"]
 
@@ -134,7 +138,9 @@ def convert_to_ort(graph: Path, folder: Path) -> OrtFiles:
         EdgepruneError: if the graph cannot be read, has more weights than the format holds, or the disk is full.
         GateError: if the converted graph computes something else. Neither file is left behind then.
     """
-    size_bytes = _size_bytes(graph) + SPARE_BYTES
+    parsed = _read(graph)
+    _store_once(parsed)
+    size_bytes = _size_bytes(parsed) + SPARE_BYTES
     if size_bytes > MAX_BYTES:
         raise EdgepruneError(
             f"{graph} takes {size_bytes / 1e9:.1f} GB with its weights, and the ORT format holds "
@@ -168,7 +174,7 @@ def mobile_findings(graph: Path) -> MobileFindings:
     with tempfile.TemporaryDirectory() as place:
         # The conversion optimises too, so the check looks at a graph that is optimised as far as devices share.
         optimised = Path(place) / graph.name
-        check_space(optimised.parent, _size_bytes(graph) + SPARE_BYTES)
+        check_space(optimised.parent, _size_bytes(_read(graph)) + SPARE_BYTES)
         try:
             optimize_model(graph, optimised, use_external_initializers=True)
         except ORT_ERRORS as error:
@@ -199,21 +205,47 @@ def _partition(found: Any) -> Partition:
 
 
 def _convert(graph: Path, model: Path) -> None:
+    parsed = _read(graph)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(model)
     options.log_severity_level = 4
     options.add_session_config_entry("session.save_model_format", "ORT")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    # Its layouts suit the processor at hand alone.
+    disabled = ["NchwcTransformer"]
+    if _store_once(parsed):
+        # It would make copies of what is stored once.
+        disabled.append("ConstantFolding")
     try:
         onnxruntime.InferenceSession(
-            str(graph),
-            options,
-            providers=["CPUExecutionProvider"],
-            # Its layouts suit the processor at hand alone.
-            disabled_optimizers=["NchwcTransformer"],
+            parsed.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except _FAILURES as error:
         raise _unreadable(graph, error) from error
+
+
+def _store_once(model: onnx.ModelProto) -> bool:
+    """Keep one of tensors over the same bytes of external data, the others as views of it; say if there were any."""
+    graph = model.graph
+    packed = {name for node in graph.node if node.op_type == PACKING_OPERATOR for name in node.input}
+    sharing: dict[tuple[object, ...], list[onnx.TensorProto]] = {}
+    for tensor in graph.initializer:
+        if uses_external_data(tensor):
+            place = sorted((entry.key, entry.value) for entry in tensor.external_data)
+            sharing.setdefault((tensor.data_type, *place), []).append(tensor)
+    views = []
+    for tensors in sharing.values():
+        whole, *others = sorted(tensors, key=lambda tensor: tensor.name not in packed)
+        for other in others:
+            shape = f"{other.name}/shape"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(other.dims, np.int64), shape))
+            views.append(onnx.helper.make_node("Reshape", [whole.name, shape], [other.name], f"{other.name}/view"))
+            graph.initializer.remove(other)
+    nodes = [*views, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return bool(views)
 
 
 def _required_operators(model: Path) -> str:
@@ -280,18 +312,23 @@ def _run(
     return logits, dict(zip(past, cache, strict=True))
 
 
-def _size_bytes(graph: Path) -> int:
-    """Bytes of a graph and its weights, where each weight has its own."""
+def _read(graph: Path) -> onnx.ModelProto:
+    """A graph without its weights."""
     try:
-        model = onnx.load(graph, load_external_data=False)
+        return onnx.load(graph, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise _unreadable(graph, error) from error
-    weights: int = sum(
+
+
+def _size_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of a graph and its weights, where each weight has its own."""
+    weights = sum(
         math.prod(tensor.dims) * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in model.graph.initializer
         if uses_external_data(tensor)
     )
-    return graph.stat().st_size + weights
+    size_bytes: int = model.ByteSize() + weights
+    return size_bytes
 
 
 def _unreadable(graph: Path, error: BaseException) -> EdgepruneError:

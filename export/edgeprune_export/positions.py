@@ -1,10 +1,11 @@
-"""What a graph must know about positions: the rotary tables, who sees how far back, and where the context ends."""
+"""What a graph must know about positions: how they rotate, who sees how far back, and where the context ends."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,17 +20,26 @@ STATIC_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 DEFAULT_CONTEXT_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class RotaryTables:
-    """Cosines and sines `(max_position, rotary_dim / 2)` float32, as the rotary operators read them."""
+ROTATION_TOLERANCE = 1e-6
+"""Of a cosine or sine; implementations of both differ in the last bit or two."""
 
-    cos: Array
-    sin: Array
+
+@dataclass(frozen=True)
+class Rotation:
+    """What the cosines and sines that rotate a head are made of: `scale * cos(position * frequencies)`.
+
+    Attributes:
+        frequencies: `(rotary_dim / 2,)` float32, radians from one position to the next.
+        scale: yarn and longrope make up for longer texts by it; 1 elsewhere.
+    """
+
+    frequencies: Array
+    scale: float
 
     @property
     def rotary_dim(self) -> int:
         """How many channels of a head are rotated."""
-        return 2 * int(self.cos.shape[1])
+        return 2 * len(self.frequencies)
 
 
 def context_tokens(config: PreTrainedConfig) -> int:
@@ -80,17 +90,18 @@ def uses_rope(config: PreTrainedConfig, layer: int) -> bool:
     return bool(flags[layer]) if flags else True
 
 
-def rotary_tables(model: PreTrainedModel) -> dict[str | None, RotaryTables]:
-    """Tables by kind of layer, computed by the model's own rotary module; one under None where all layers share them.
+def rotations(model: PreTrainedModel) -> dict[str | None, Rotation]:
+    """Rotations by kind of layer, of the model's own rotary module; one under None where all layers share it.
 
     Raises:
-        EdgepruneError: if the frequencies depend on the running length in a way that is not known.
+        EdgepruneError: if the frequencies depend on the running length in a way that is not known, or the module makes
+            something else of them than cosines and sines.
     """
     check_rope(model.config)
     with quiet_global_reads():  # where layers differ, it reads the sizes of the dense model in passing
         rotary: Any = type(model.base_model.rotary_emb)(model.config)  # the model's own may lie on the meta device
     kinds = list(rotary.rope_type) if isinstance(rotary.rope_type, Mapping) else [None]
-    return {kind: _tables(rotary, context_tokens(model.config), kind) for kind in kinds}
+    return {kind: _rotation(rotary, context_tokens(model.config), kind) for kind in kinds}
 
 
 def check_causal(config: PreTrainedConfig) -> None:
@@ -143,9 +154,20 @@ def _rope_parameters(config: PreTrainedConfig) -> Iterator[Mapping[str, Any]]:
     yield from nested or ([parameters] if parameters else [])
 
 
-def _tables(rotary: Any, tokens: int, kind: str | None) -> RotaryTables:
+def _rotation(rotary: Any, tokens: int, kind: str | None) -> Rotation:
     positions = torch.arange(tokens)[None]
     with torch.no_grad():
-        tables = rotary(torch.zeros(1), positions) if kind is None else rotary(torch.zeros(1), positions, kind)
-    half = tables[0].shape[-1] // 2  # the module repeats the same angles for the second half
-    return RotaryTables(*(table[0, :, :half].to(torch.float32).contiguous().numpy() for table in tables))
+        # First of all, as the module may choose its frequencies by the length.
+        tables = rotary(torch.zeros(1), positions, *([] if kind is None else [kind]))
+    prefix = "" if kind is None else f"{kind}_"
+    frequencies: Array = getattr(rotary, f"{prefix}inv_freq").to(torch.float32).numpy()
+    found = Rotation(frequencies, float(getattr(rotary, f"{prefix}attention_scaling")))
+    angles = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
+    for table, function in zip(tables, (np.cos, np.sin), strict=True):
+        half = table[0, :, : len(frequencies)].numpy()  # the module repeats the same angles for the second half
+        if not np.allclose(half, np.float32(found.scale) * function(angles), rtol=0, atol=ROTATION_TOLERANCE):
+            raise EdgepruneError(
+                f"{type(rotary).__name__} makes other cosines and sines of its frequencies than the decoder graph can "
+                "compute; use --graph-source traced"
+            )
+    return found

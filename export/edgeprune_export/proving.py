@@ -103,6 +103,7 @@ def prove(
         parity=cast("Mapping[str, Any]", checked.parity.to_dict()),
         fidelity=cast("Mapping[str, Any]", checked.fidelity.to_dict() if checked.fidelity else {}),
         golden=golden_file(name),
+        accuracy_level=rounded.precision.accuracy_level if rounded.precision.is_quantised else None,
     )
 
 

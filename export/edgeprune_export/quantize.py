@@ -179,7 +179,8 @@ def parse_precisions(
     """The precisions of a text such as "fp32,int4", with what the user has chosen of their details.
 
     Raises:
-        EdgepruneError: if one is unknown or named twice, or a detail is one that ONNX Runtime does not take.
+        EdgepruneError: if one is unknown or named twice, or a detail is one that ONNX Runtime does not take, or that
+            none of them has.
     """
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -189,12 +190,26 @@ def parse_precisions(
             raise EdgepruneError(f"precision {name!r} is named twice; expected each of {', '.join(PRECISIONS)} once")
     given = {"block_size": block_size, "is_symmetric": is_symmetric, "accuracy_level": accuracy_level}
     details: dict[str, Any] = {detail: value for detail, value in given.items() if value is not None}
+    if details and not any(PRECISIONS[name].has_blocks for name in names):
+        options = ", ".join(_option(detail, value) for detail, value in details.items())
+        takers = " or ".join(name for name, precision in PRECISIONS.items() if precision.has_blocks)
+        raise EdgepruneError(
+            f"{options} would change nothing of {', '.join(names)}, which has no blocks of a size to choose; "
+            f"leave it out, or name {takers} in --precision"
+        )
     found = tuple(
         replace(PRECISIONS[name], **details) if PRECISIONS[name].has_blocks else PRECISIONS[name] for name in names
     )
     for precision in found:
         precision.check()
     return found
+
+
+def _option(detail: str, value: bool | int) -> str:
+    """A detail as it was given on the command line."""
+    if detail == "is_symmetric":
+        return "--symmetric" if value else "--asymmetric"
+    return f"--{detail.replace('_', '-')} {value}"
 
 
 def with_gates(

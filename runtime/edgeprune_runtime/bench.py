@@ -33,6 +33,8 @@ DEFINITIONS = {
     "prefill_tokens_per_s": "prompt tokens / ttft",
     "decode_tokens_per_s": "tokens after the first / the time they took together",
     "load_peak_rss_bytes": "largest resident set until the session is ready, as the kernel counted it (VmHWM)",
+    "load_own_rss_bytes": "memory of the process's own once the session is ready (RssAnon); the system cannot take it "
+    "back, as it can pages of a mapped file",
     "peak_rss_bytes": "largest resident set of the process over its whole life (VmHWM)",
     "cpu_ms": "processor time of the measured request, all threads together",
     "ratio, low, high": "geometric mean over the rounds of A's figure / B's of the same round, and its 95 % interval: "
@@ -68,6 +70,11 @@ class Side:
     prompt_tokens: int
     rounds: tuple[Round, ...]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether a packed copy of the variant was measured."""
+        return all(round_.is_packed for round_ in self.rounds)
+
     def figures(self) -> dict[str, float | None]:
         """The side's figures by name: medians over rounds, p95 over all samples, memory as the largest round."""
         steps = [step for round_ in self.rounds for step in round_.step_ms]
@@ -81,6 +88,7 @@ class Side:
             "prefill_tokens_per_s": self.prompt_tokens / statistics.median(ttft) * 1e3,
             "decode_tokens_per_s": len(steps) / sum(steps) * 1e3 if steps else None,
             "load_peak_rss_bytes": _largest([round_.load_peak_rss_bytes for round_ in self.rounds]),
+            "load_own_rss_bytes": _largest([round_.load_own_rss_bytes for round_ in self.rounds]),
             "peak_rss_bytes": _largest([round_.peak_rss_bytes for round_ in self.rounds]),
             "cpu_ms": statistics.median(round_.cpu_ms for round_ in self.rounds),
         }
@@ -129,7 +137,7 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, object]:
         """The result as plain values, with the definitions of its figures."""
-        sides = [{**asdict(side), "figures": side.figures()} for side in self.sides]
+        sides = [{**asdict(side), "is_packed": side.is_packed, "figures": side.figures()} for side in self.sides]
         ratios = [{**asdict(ratio), "verdict": ratio.verdict} for ratio in self.ratios]
         return {**asdict(self), "sides": sides, "ratios": ratios, "definitions": DEFINITIONS}
 
@@ -169,7 +177,7 @@ def bench(
     vocab_size = min(bundle.manifest.vocab_size for bundle in opened)
     requests = [
         Request(
-            bundle=str(bundle.folder),
+            bundle=str(bundle.path),
             variant=bundle.variant_name,
             provider=provider,
             threads=threads,
@@ -278,7 +286,10 @@ def compare(a: Side, b: Side) -> tuple[Ratio, ...]:
 def report_bench(result: BenchResult) -> Report:
     """A benchmark as a report: the figures of each side, B against A, and what every figure means."""
     figures = [side.figures() for side in result.sides]
-    labels = tuple(f"{side.label}: {Path(side.bundle).name or side.bundle}" for side in result.sides)
+    labels = tuple(
+        f"{side.label}: {Path(side.bundle).name or side.bundle}{' (packed copy)' if side.is_packed else ''}"
+        for side in result.sides
+    )
     rows: list[tuple[Cell, ...]] = [
         ("parameters", *(side.parameters for side in result.sides)),
         ("size_bytes", *(side.size_bytes for side in result.sides)),
@@ -295,7 +306,8 @@ def report_bench(result: BenchResult) -> Report:
         f"each in a fresh process{', sides taking turns' if len(result.sides) == 2 else ''}."
     )
     nodes = "; ".join(
-        f"{side.label}: {', '.join(f'{count} on {name}' for name, count in side.rounds[0].nodes_by_provider.items())}"
+        f"{side.label}: "
+        + (", ".join(f"{count} on {name}" for name, count in side.rounds[0].nodes_by_provider.items()) or "not said")
         for side in result.sides
     )
     tables = [Table("Figures", ("figure", *labels), tuple(rows), notes=(settings, f"Graph nodes of {nodes}."))]
@@ -332,7 +344,7 @@ def _student_t(degrees: int) -> float:
 def _side(label: str, bundle: Bundle, prompt_tokens: int, rounds: Sequence[Round]) -> Side:
     return Side(
         label=label,
-        bundle=str(bundle.folder),
+        bundle=str(bundle.path),
         model=bundle.manifest.model.name,
         variant=bundle.variant_name,
         parameters=bundle.manifest.parameters.all,

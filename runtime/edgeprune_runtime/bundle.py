@@ -6,6 +6,7 @@
       genai_config.json             for onnxruntime-genai
       golden.npz                    token sequences with the torch model's logits (see `validate.py`)
       onnx/model.onnx  onnx/model.onnx_data  [onnx/model_q4.onnx ...]
+      [packed/]                     of one machine, in no manifest (see `packed.py`)
 
 A graph's inputs are `input_ids` int64 (batch_size, sequence_length), `attention_mask` int64 (batch_size,
 total_sequence_length) and for each layer i `past_key_values.{i}.key/value` float32 (batch_size, kv_heads_i,
@@ -33,6 +34,8 @@ GENAI_CONFIG_FILE = "genai_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+ORT_SUFFIX = ".ort"
+"""How a graph in ONNX Runtime's own format ends, which phones take."""
 
 MAX_MANIFEST_BYTES = 16 << 20
 # Far above any decoder that exists, and low enough that no product of two of them asks for absurd memory.
@@ -40,6 +43,7 @@ MAX_LAYERS = 4096
 MAX_HEADS = 1 << 14
 MAX_WIDTH = 1 << 22
 MAX_VOCAB = 1 << 24
+MAX_ACCURACY_LEVEL = 4
 
 GraphSource = Literal["decoder", "traced", "plain"]
 Padding = Literal["both", "right"]
@@ -101,7 +105,9 @@ class Variant:
     `tolerance` is the largest absolute error of a logit against the torch model that counts as equal; `parity` holds
     what was measured when the bundle was written. That model has the variant's own weights, rounded ones included;
     `fidelity` holds how far these are from the float32 model, empty where nothing is rounded. `golden` are the
-    variant's own token sequences with logits; None for those of the bundle.
+    variant's own token sequences with logits; None for those of the bundle. `accuracy_level` is that of ONNX Runtime's
+    products with quantised weights: 4 rounds their inputs to 8 bits, 0 and 1 compute in float32; None where nothing is
+    quantised, or a bundle is too old to say.
     """
 
     graph: str
@@ -111,6 +117,7 @@ class Variant:
     parity: Mapping[str, Json] = field(default_factory=dict)
     fidelity: Mapping[str, Json] = field(default_factory=dict)
     golden: str | None = None
+    accuracy_level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,18 @@ class FileRecord:
     def of(cls, path: Path) -> "FileRecord":
         """The record of a file as it stands on disk."""
         return cls(sha256_of(path), path.stat().st_size)
+
+    @classmethod
+    def read(cls, fields: Fields) -> "FileRecord":
+        """The record in a JSON object that nobody vouches for.
+
+        Raises:
+            EdgepruneError: if it is none.
+        """
+        record = cls(fields.text("sha256"), fields.count("size_bytes"))
+        if len(record.sha256) != 64 or set(record.sha256) - set("0123456789abcdef"):
+            raise EdgepruneError(f"{fields.where}.sha256 is not 64 lower-case hex digits")
+        return record
 
 
 @dataclass(frozen=True)
@@ -233,7 +252,7 @@ class Manifest:
             padding=cast("Padding", top.text("padding", one_of=("both", "right"))),
             parameters=Parameters(parameters.count("all"), parameters.count("blocks")),
             files={
-                name: _file_record(Fields.nested(f"{where}.files.{name}", value))
+                name: FileRecord.read(Fields.nested(f"{where}.files.{name}", value))
                 for name, value in top.mapping("files").items()
             },
             versions={name: top.fields("versions").text(name) for name in top.mapping("versions")},
@@ -262,11 +281,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its files exist with the sizes that the manifest states, and a variant is chosen."""
+    """An opened bundle: its files exist with the sizes that the manifest states, and a variant is chosen.
+
+    `ort_file` is the relative path of that variant in ONNX Runtime's own format, where that is to be run.
+    """
 
     folder: Path
     manifest: Manifest
     variant_name: str
+    ort_file: str | None = None
 
     @property
     def variant(self) -> Variant:
@@ -279,9 +302,14 @@ class Bundle:
         return self.variant.golden or self.manifest.golden
 
     @property
+    def path(self) -> Path:
+        """What was opened: the folder, or the file in the ORT format."""
+        return self.folder / self.ort_file if self.ort_file else self.folder
+
+    @property
     def graph_path(self) -> Path:
-        """Where the chosen variant's graph lies."""
-        return self.folder / self.variant.graph
+        """Where the graph lies that is to be run."""
+        return self.folder / (self.ort_file or self.variant.graph)
 
     @property
     def is_sparse(self) -> bool:
@@ -290,8 +318,9 @@ class Bundle:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the chosen variant's graph and data."""
-        return sum(self.manifest.files[name].size_bytes for name in (self.variant.graph, *self.variant.data))
+        """Bytes of that graph and its data."""
+        names = (self.ort_file,) if self.ort_file else (self.variant.graph, *self.variant.data)
+        return sum(self.manifest.files[name].size_bytes for name in names)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -310,20 +339,46 @@ class Bundle:
 def open_bundle(folder: Path | str, variant: str | None = None, verify: bool = False) -> Bundle:
     """The bundle in `folder` with one of its variants chosen (None: the manifest's default).
 
-    Every file that the manifest lists must exist with the size it states; `verify` also compares the SHA-256.
+    Every file that the manifest lists must exist with the size it states; `verify` also compares the SHA-256. A file of
+    the bundle in ONNX Runtime's own format may be given instead of the folder: `BUNDLE/ort/model.ort`.
 
     Raises:
         EdgepruneError: in one line, at the first thing that is not as the manifest says.
     """
-    folder = Path(folder)
+    folder, ort_file = Path(folder), None
+    if folder.suffix == ORT_SUFFIX and not folder.is_dir():
+        folder, ort_file = _bundle_of(folder)
     manifest = Manifest.load(folder)
-    chosen = variant or manifest.default_variant
+    chosen = variant or (manifest.default_variant if ort_file is None else _variant_of(manifest, ort_file))
     if chosen not in manifest.variants:
         raise EdgepruneError(f"{folder} has no variant {chosen!r}; it has {', '.join(sorted(manifest.variants))}")
-    bundle = Bundle(folder, manifest, chosen)
+    if ort_file is not None and chosen != _variant_of(manifest, ort_file):
+        raise EdgepruneError(f"{folder / ort_file} is not the variant {chosen!r}; give the file alone")
+    bundle = Bundle(folder, manifest, chosen, ort_file)
     for name in manifest.files:
         check_file(bundle, name, verify=verify)
     return bundle
+
+
+def _bundle_of(file: Path) -> tuple[Path, str]:
+    """The bundle that a file in the ORT format lies in, and the file's path relative to it."""
+    folder = file.absolute().parent.parent
+    if not (folder / MANIFEST_FILE).is_file():
+        raise EdgepruneError(
+            f"{file} does not lie in the folder ort/ of a bundle, where its tokenizer and widths are; give "
+            "BUNDLE/ort/NAME.ort, which `edgeprune export --target mobile` writes"
+        )
+    return folder, f"{file.absolute().parent.name}/{file.name}"
+
+
+def _variant_of(manifest: Manifest, ort_file: str) -> str:
+    """The variant that a file in the ORT format is; they have the name of their graph."""
+    name = Path(ort_file).stem
+    found = [key for key, variant in manifest.variants.items() if Path(variant.graph).stem == name]
+    if ort_file not in manifest.files or not found:
+        listed = ", ".join(file for file in manifest.files if file.endswith(ORT_SUFFIX)) or "none"
+        raise EdgepruneError(f"the manifest of the bundle does not list {ort_file}; in the ORT format it has {listed}")
+    return found[0]
 
 
 def check_file(bundle: Bundle, name: str, *, verify: bool) -> None:
@@ -358,6 +413,7 @@ def _variant(fields: Fields) -> Variant:
         parity=fields.mapping("parity"),
         fidelity=fields.mapping("fidelity") if "fidelity" in fields.values else {},
         golden=None if fields.values.get("golden") is None else fields.path("golden"),
+        accuracy_level=fields.optional_count("accuracy_level", high=MAX_ACCURACY_LEVEL),
     )
 
 
@@ -371,10 +427,3 @@ def _layer(fields: Fields) -> Layer:
     if layer.heads % layer.kv_heads:
         raise EdgepruneError(f"{fields.where} has {layer.heads} heads, not a multiple of its {layer.kv_heads} kv_heads")
     return layer
-
-
-def _file_record(fields: Fields) -> FileRecord:
-    record = FileRecord(fields.text("sha256"), fields.count("size_bytes"))
-    if len(record.sha256) != 64 or set(record.sha256) - set("0123456789abcdef"):
-        raise EdgepruneError(f"{fields.where}.sha256 is not 64 lower-case hex digits")
-    return record

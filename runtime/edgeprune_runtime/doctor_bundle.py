@@ -8,9 +8,10 @@ from pathlib import Path
 import onnxruntime
 
 from edgeprune_runtime.bundle import GENAI_CONFIG_FILE, Bundle, Manifest, check_file
-from edgeprune_runtime.cpu_features import FAST_INT8, features_of
+from edgeprune_runtime.cpu_features import FAST_INT8, X86_MACHINES, features_of
 from edgeprune_runtime.doctor import GENAI, MIN_GENAI, Finding, Here, Level, dotted, release
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.packed import find_packed
 from edgeprune_runtime.report import format_bytes
 from edgeprune_runtime.session import ORT_ERRORS, PREFILL_CHUNK_TOKENS, make_session, provider_name
 from edgeprune_runtime.untrusted import Fields, Json, read_json
@@ -23,11 +24,15 @@ BASE_BYTES = 80 << 20
 
 HOW_ESTIMATED = (
     "what is needed is an estimate: weights once (mapped from the file, so the kernel can take pages back), the KV "
-    f"cache twice (a step's old and new one), logits of two pieces of a prompt, {BASE_BYTES >> 20} MiB for the rest"
+    f"cache twice (a step's old and new one), logits of two pieces of a prompt, the rotary table of the whole context, "
+    f"{BASE_BYTES >> 20} MiB for the rest"
 )
 ESTIMATES_ADVICE = "edgeprune bench BUNDLE measures; --memory LIMIT tries a smaller device"
 
 MAX_GENAI_CONFIG_BYTES = 1 << 20
+FLOAT_LEVELS = (0, 1)
+"""Of `Variant.accuracy_level`: products with quantised weights are in float32."""
+
 LOAD_ERRORS: tuple[type[Exception], ...] = (MemoryError, *ORT_ERRORS)
 HALF = "tensor(float16)"
 
@@ -68,7 +73,10 @@ def examine_bundle(
     for name, each in manifest.variants.items():
         of_variant = replace(bundle, variant_name=name)
         is_broken = not broken.keys().isdisjoint((each.graph, *each.data))
-        found = list(_examine_variant(of_variant, here, provider, is_broken=is_broken))
+        found = [
+            *_examine_variant(of_variant, here, provider, is_broken=is_broken),
+            *_examine_packed(of_variant, provider, verify=verify),
+        ]
         if all(finding.level != "problem" for finding in found):
             fitting.append(name)
         findings += found if name == chosen else [_lowered(finding) for finding in found]
@@ -133,6 +141,25 @@ def _examine_variant(bundle: Bundle, here: Here, provider: str, *, is_broken: bo
         yield slow
 
 
+def _examine_packed(bundle: Bundle, provider: str, *, verify: bool) -> Iterator[Finding]:
+    """Whether a variant's packed copy is run, if it has one."""
+    packed = find_packed(bundle, provider)
+    if packed is None:
+        return
+    name = bundle.variant_name
+    if packed.is_usable:
+        size = format_bytes(packed.size_bytes)
+        found = f"runs from its packed copy ({size}), made here for this CPU and onnxruntime {onnxruntime.__version__}"
+        try:
+            if verify:
+                packed.check_bytes()
+            yield Finding("ok", name, found)
+        except EdgepruneError as error:
+            yield Finding("problem", name, f"runs from its packed copy, and {error}", packed.advice(name))
+    else:
+        yield Finding("note", name, f"runs without its packed copy: {packed.refusal}", packed.advice(name))
+
+
 def _load(bundle: Bundle, provider: str) -> str:
     """Load a variant's graph and return the ONNX type of its KV cache.
 
@@ -167,6 +194,7 @@ def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> i
     The weights count once: they are mapped from the file, and where kernels rearrange a copy, the mapped pages are
     given back. Keys and values count twice, as a step's old and new ones stand beside each other, and so do the logits
     of a piece of a long prompt. A head of small integers is turned into float32 where a prompt is multiplied by it.
+    Cosines and sines of all positions are computed when a graph of the decoder kind is loaded.
     """
     manifest = bundle.manifest
     is_quantised = bundle.size_bytes < manifest.parameters.all * numbers.kv_bytes // 2
@@ -174,7 +202,9 @@ def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> i
     logits = 4 * manifest.vocab_size * min(2 * PREFILL_CHUNK_TOKENS, tokens)
     cache = 2 * numbers.kv_per_token(bundle) * tokens
     widened = 2 * (bundle.size_bytes + cache) if numbers.are_widened else 0
-    return BASE_BYTES + bundle.size_bytes + head + cache + logits + widened
+    has_table = bundle.variant.graph_source == "decoder"
+    table = 4 * max(layer.head_dim for layer in manifest.layers) * manifest.context_tokens if has_table else 0
+    return BASE_BYTES + bundle.size_bytes + head + cache + logits + widened + table
 
 
 def _examine_room(bundle: Bundle, here: Here, numbers: Numbers) -> Finding:
@@ -224,6 +254,18 @@ def _examine_precision(bundle: Bundle, here: Here) -> Finding | None:
     name = bundle.variant_name
     if here.cpu_flags is None or not features_of(here.processor):
         return None
+    level = bundle.variant.accuracy_level
+    if level in FLOAT_LEVELS:
+        # Of int4 it is the head, which has 8 bits.
+        if here.processor.lower() not in X86_MACHINES:
+            return None
+        return Finding(
+            "note",
+            name,
+            f"slow on this CPU: its inputs are not rounded (accuracy level {level}), and for that ONNX Runtime turns "
+            "weights of 8 bits into float32 at every step",
+            "export it with --accuracy-level 4, or take fp32",
+        )
     if name in ("int8", "int8-dynamic", "int4") and not here.features & FAST_INT8:
         wanted = " or ".join(each.name for each in features_of(here.processor) if each.name in FAST_INT8)
         return Finding(

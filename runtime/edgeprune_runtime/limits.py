@@ -61,14 +61,29 @@ def memory_limit_bytes(root: Path = CGROUP_ROOT) -> int | None:
 
 def peak_rss_bytes() -> int | None:
     """The largest resident set this process has had, as the kernel counted it; None where the system does not tell."""
-    for line in _lines(Path("/proc/self/status")):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
+    if (peak := _status_bytes("VmHWM")) is not None:
+        return peak
     if sys.platform == "darwin":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process as it is now; None where the system does not tell."""
+    return _status_bytes("VmRSS")
+
+
+def own_rss_bytes() -> int | None:
+    """Resident memory that is this process's own, which the system cannot drop and read again; None where not told."""
+    return _status_bytes("RssAnon")
+
+
+def _status_bytes(name: str) -> int | None:
+    """A line of the kernel's account of this process, in bytes."""
+    lines = _lines(Path("/proc/self/status"))
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
 @contextlib.contextmanager

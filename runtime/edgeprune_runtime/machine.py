@@ -39,7 +39,7 @@ def this_machine() -> Machine:
     """The machine and the limits that this process runs under."""
     sizes = [size for size in (_physical_memory_bytes(), memory_limit_bytes()) if size]
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
         cpu_quota=cpu_quota(),
@@ -52,7 +52,8 @@ def this_machine() -> Machine:
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the system calls the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

@@ -187,7 +187,8 @@ def _html_table(table: Table) -> str:
         for column, cell, top in zip(table.columns, row, tops, strict=True):
             is_figure = isinstance(cell, int | float) and not isinstance(cell, bool)
             bar = _bar(float(cell) / top) if is_figure and column in table.bars and top > 0 else ""  # type: ignore[arg-type]
-            cells.append(f"<td{' class=figure' if is_figure else ''}>{html.escape(format_cell(cell))}{bar}</td>")
+            is_right = is_figure or (cell is None and _is_figures(table, len(cells)))
+            cells.append(f"<td{' class=figure' if is_right else ''}>{html.escape(format_cell(cell))}{bar}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     lines.append("</table>")
     lines += [f'<p class="note">{html.escape(note)}</p>' for note in table.notes]

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as ort_errors
 
-from edgeprune_runtime.bundle import Bundle, Manifest
+from edgeprune_runtime.bundle import ORT_SUFFIX, Bundle, Manifest
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.limits import usable_cpus
+from edgeprune_runtime.packed import PackedCopy, find_packed
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -79,7 +80,7 @@ def make_session(
     """A session over a graph, at the optimisation level that ships, on exactly the provider asked for.
 
     Args:
-        graph: The ONNX file; its external data must lie in its folder.
+        graph: The ONNX file, its external data in its folder; or one in the ORT format, for the CPU alone.
         provider: A key of `PROVIDERS`.
         threads: Threads inside an operator; None takes `usable_cpus()`, which heeds affinity and container quota.
         is_sparse: Weights have zeros in a pattern, which TensorRT is told.
@@ -100,6 +101,15 @@ def make_session(
     # Only fatal ones: warnings are for ONNX Runtime's developers, and errors reach the person as exceptions.
     options.log_severity_level = 4
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if is_ort := graph.suffix == ORT_SUFFIX:
+        if provider != "cpu":
+            raise EdgepruneError(
+                f"provider {provider!r} was asked for, and {graph} does not say which of its nodes that would take; "
+                "give the bundle's folder, or ask for --provider cpu"
+            )
+        # Its weights stay in the file, mapped into memory.
+        options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
+        options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
     try:
         chosen = (name, _SPARSE_OPTIONS[provider]) if is_sparse and provider in _SPARSE_OPTIONS else name
         session = onnxruntime.InferenceSession(str(graph), options, providers=[chosen], enable_fallback=0)
@@ -112,7 +122,7 @@ def make_session(
             f"provider {provider!r} could not be started here, ONNX Runtime would use {session.get_providers()[0]}; "
             "check its driver and libraries, or ask for --provider cpu"
         )
-    if name not in nodes_by_provider(session):
+    if not is_ort and name not in nodes_by_provider(session):
         raise EdgepruneError(
             f"provider {provider!r} takes no node of {graph}, all would run on the CPU; ask for --provider cpu"
         )
@@ -120,7 +130,10 @@ def make_session(
 
 
 def nodes_by_provider(session: "InferenceSession") -> dict[str, int]:
-    """How many of the graph's nodes each execution provider runs; what one cannot take goes to the CPU."""
+    """How many of the graph's nodes each execution provider runs; what one cannot take goes to the CPU.
+
+    Empty for a file in the ORT format, which does not say.
+    """
     counts: dict[str, int] = {}
     for part in session.get_provider_graph_assignment_info():
         counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
@@ -172,17 +185,34 @@ class Decoder:
     before them are no harm. With "right" a row's mask is ones, then zeros, because the graph (GroupQueryAttention's
     `seqlens_k`) only counts them: it writes a new token right behind the row's last one, over the padding. What a graph
     would compute wrongly without any error is refused.
+
+    `packed` is the packed copy that is run instead of the variant's own graph, None where there is none for this
+    machine (see `packed.py`).
     """
 
-    def __init__(self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None, graph: Path | None = None
+    ) -> None:
+        """Open the session.
+
+        Args:
+            bundle: The bundle, its variant chosen.
+            provider: A key of `PROVIDERS`.
+            threads: As `make_session` takes them.
+            graph: What to run; None takes the variant's packed copy where that is for this machine, else its graph.
+
+        Raises:
+            EdgepruneError: if it cannot be loaded, or is not what the manifest promises.
+        """
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.provider = provider
         self.threads = threads or usable_cpus()
-        self.session = make_session(
-            bundle.graph_path, provider=provider, threads=self.threads, is_sparse=bundle.is_sparse
-        )
-        self._inputs = _check_signature(bundle, self.session)
+        found = find_packed(bundle, provider) if graph is None else None
+        self.packed: PackedCopy | None = found if found is not None and found.is_usable else None
+        graph = graph or (self.packed.graph if self.packed else bundle.graph_path)
+        self.session = make_session(graph, provider=provider, threads=self.threads, is_sparse=bundle.is_sparse)
+        self._inputs = _check_signature(bundle.manifest, graph, self.session)
         self._cache_device = _CACHE_DEVICE.get(provider, "cpu")
 
     def prefill(self, rows: Sequence[Sequence[int] | Ids], *, side: Side | None = None) -> tuple[Logits, KvCache]:
@@ -336,14 +366,13 @@ def check_context(manifest: Manifest, tokens: int) -> None:
         )
 
 
-def _check_signature(bundle: Bundle, session: "InferenceSession") -> dict[str, str]:
+def _check_signature(manifest: Manifest, graph: Path, session: "InferenceSession") -> dict[str, str]:
     """Input names and their ONNX types, once the graph's inputs and outputs are those that the manifest promises.
 
     Raises:
         EdgepruneError: naming the first input or output that differs.
     """
     found: dict[str, Sequence[int | str]] = {node.name: node.shape for node in session.get_inputs()}
-    manifest, graph = bundle.manifest, bundle.graph_path
     cache_names = set()
     for index, layer in enumerate(manifest.layers):
         for part in ("key", "value"):

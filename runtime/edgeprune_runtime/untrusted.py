@@ -63,8 +63,11 @@ def file_inside(folder: Path, relative: str, where: str) -> Path:
         EdgepruneError: if it is missing, is no regular file, or a link leads out of the folder.
     """
     path = folder / relative_path(relative, where)
-    root = folder.resolve()
-    if not path.resolve().is_relative_to(root):
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads in a circle
+        is_inside = False
+    if not is_inside:
         raise EdgepruneError(
             f"{where} is {relative!r}, which leads out of {folder} through a link; copy the file itself"
         )

@@ -13,6 +13,7 @@ from edgeprune_runtime.bundle import MANIFEST_FILE, Bundle, check_file
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import GoldenCase, load_golden
 from edgeprune_runtime.machine import this_machine
+from edgeprune_runtime.packed import PackedCopy, find_packed
 from edgeprune_runtime.report import Report, Table, Verdict
 from edgeprune_runtime.session import Decoder, Ids, Logits, Side
 
@@ -32,13 +33,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Validation:
-    """The checks of one variant on one provider."""
+    """The checks of one variant on one provider; `is_packed` says that its packed copy was run."""
 
     bundle: str
     variant: str
     provider: str
     tolerance: float
     checks: tuple[Check, ...]
+    is_packed: bool = False
 
     @property
     def passed(self) -> bool:
@@ -73,18 +75,25 @@ def validate(
         EdgepruneError: if the bundle cannot be opened or run at all.
     """
     checks = []
-    for check in _checks(bundle, provider, threads):
+    found = find_packed(bundle, provider)
+    packed = found if found is not None and found.is_usable else None
+    for check in _checks(bundle, packed, provider, threads):
         checks.append(check)
         if on_check:
             on_check(check)
-    return Validation(str(bundle.folder), bundle.variant_name, provider, bundle.variant.tolerance, tuple(checks))
+    return Validation(
+        str(bundle.path), bundle.variant_name, provider, bundle.variant.tolerance, tuple(checks), packed is not None
+    )
 
 
 def report_validation(result: Validation) -> Report:
     """A validation as a report: one row per check."""
     rows = tuple((check.name, "ok" if check.passed else "FAILED", check.detail) for check in result.checks)
     table = Table(
-        f"{result.bundle}, variant {result.variant}, provider {result.provider}", ("check", "result", "detail"), rows
+        f"{result.bundle}, variant {result.variant}{' (packed copy)' if result.is_packed else ''}, "
+        f"provider {result.provider}",
+        ("check", "result", "detail"),
+        rows,
     )
     verdict = Verdict(
         "the bundle computes what its model computed" if result.passed else "the bundle is wrong", result.passed
@@ -92,13 +101,14 @@ def report_validation(result: Validation) -> Report:
     return Report("edgeprune validate", this_machine(), (table,), (verdict,), {"validate": result.to_dict()})
 
 
-def _checks(bundle: Bundle, provider: str, threads: int | None) -> Iterator[Check]:
-    files = _check_files(bundle)
+def _checks(bundle: Bundle, packed: PackedCopy | None, provider: str, threads: int | None) -> Iterator[Check]:
+    files = _check_files(bundle, packed)
     yield files
     if not files.passed:  # a graph that is not the one that was written is not even loaded
         return
     cases = load_golden(bundle)
-    decoder = Decoder(bundle, provider=provider, threads=threads)
+    graph = packed.graph if packed else bundle.graph_path
+    decoder = Decoder(bundle, provider=provider, threads=threads, graph=graph)
     yield from _check_prefill(decoder, cases)
     yield _check_cached(decoder, cases)
     yield _check_greedy(decoder, cases)
@@ -107,15 +117,21 @@ def _checks(bundle: Bundle, provider: str, threads: int | None) -> Iterator[Chec
         yield _check_batch(decoder, cases, side)
 
 
-def _check_files(bundle: Bundle) -> Check:
+def _check_files(bundle: Bundle, packed: PackedCopy | None) -> Check:
     wrong = []
     for name in bundle.manifest.files:
         try:
             check_file(bundle, name, verify=True)
         except EdgepruneError as error:
             wrong.append(str(error))
-    count = len(bundle.manifest.files)
-    return Check("files", not wrong, "; ".join(wrong) or f"{count} files have the SHA-256 that {MANIFEST_FILE} states")
+    detail = f"{len(bundle.manifest.files)} files have the SHA-256 that {MANIFEST_FILE} states"
+    if packed is not None:
+        try:
+            packed.check_bytes()
+        except EdgepruneError as error:
+            wrong.append(str(error))
+        detail += f", {len(packed.files)} of the packed copy that of its record"
+    return Check("files", not wrong, "; ".join(wrong) or detail)
 
 
 def _check_prefill(decoder: Decoder, cases: list[GoldenCase]) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.limits import limit_this_process, peak_rss_bytes
+from edgeprune_runtime.limits import limit_this_process, own_rss_bytes, peak_rss_bytes, rss_bytes
 
 _WARM_STEPS = 4
 _SEED = 0
@@ -21,7 +21,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. `vocab_size` bounds the random prompt, `group` is a control group to join."""
+    """What to measure.
+
+    `vocab_size` bounds the random prompt, `group` is a control group to join. Without `takes_packed` a variant's own
+    graph is run although it has a packed copy.
+    """
 
     bundle: str
     variant: str | None
@@ -32,6 +36,7 @@ class Request:
     vocab_size: int
     memory_bytes: int | None = None
     group: str | None = None
+    takes_packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Round:
     """Figures of one process: one load, and after a warm-up one request.
 
     `step_ms` is the time of each token after the first; `cpu_ms` is the processor time of the measured request, all
-    threads together. Peaks are None where the system does not tell.
+    threads together. `before_rss_bytes` is resident before the load, `load_own_rss_bytes` what the process has of its
+    own behind it. Memory is None where the system does not tell.
     """
 
     load_ms: float
@@ -50,6 +56,9 @@ class Round:
     peak_rss_bytes: int | None
     enforcement: str | None
     nodes_by_provider: Mapping[str, int] = field(default_factory=dict)
+    before_rss_bytes: int | None = None
+    load_own_rss_bytes: int | None = None
+    is_packed: bool = False
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "Round":
@@ -74,10 +83,12 @@ def measure(request: Request) -> Round:
     from edgeprune_runtime.session import Decoder, nodes_by_provider
 
     bundle = open_bundle(request.bundle, request.variant)
+    before = rss_bytes()
     begin = time.perf_counter()
-    decoder = Decoder(bundle, provider=request.provider, threads=request.threads)
+    graph = None if request.takes_packed else bundle.graph_path
+    decoder = Decoder(bundle, provider=request.provider, threads=request.threads, graph=graph)
     load_ms = _ms_since(begin)
-    load_peak = peak_rss_bytes()
+    load_peak, load_own = peak_rss_bytes(), own_rss_bytes()
     prompt = np.random.default_rng(_SEED).integers(0, request.vocab_size, request.prompt_tokens)
 
     def generate(tokens: int) -> list[float]:
@@ -99,12 +110,15 @@ def measure(request: Request) -> Round:
     return Round(
         load_ms=load_ms,
         load_peak_rss_bytes=load_peak,
+        before_rss_bytes=before,
+        load_own_rss_bytes=load_own,
         ttft_ms=ttft_ms,
         step_ms=tuple(step_ms),
         cpu_ms=(time.process_time() - cpu_begin) * 1e3,
         peak_rss_bytes=peak_rss_bytes(),
         enforcement=enforcement,
         nodes_by_provider=nodes_by_provider(decoder.session),
+        is_packed=decoder.packed is not None,
     )
 
 

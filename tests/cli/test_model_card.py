@@ -1,6 +1,7 @@
 """What `compress` measured stands in the bundle's card and manifest, which still vouch for each other."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def test_card_names_no_folder_of_this_machine(output: Path, text_file: Path) -> 
         assert text_file.name in text
         assert str(text_file.parent) not in text
         assert str(output.parent) not in text
+
+
+def test_licence_and_base_model_come_through_a_checkpoint(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Of `compress --checkpoint-only` and then `export`, which is not told the original model."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n# The model\n")
+    options = (*SMALL, "--checkpoint-only", "--eval-text", text_file, "-o", tmp_path / "cut")
+    done = invoke("compress", tmp_path / "model", "-c", text_file, *options)
+    assert done.code == 0, done.err
+    done = invoke("export", tmp_path / "cut", "-o", tmp_path / "bundle")
+    assert done.code == 0, done.err
+    for folder in ("cut", "bundle"):
+        card = (tmp_path / folder / "README.md").read_text("utf-8")
+        assert card.startswith('---\nbase_model: "a/b"\nlicense: "mit"\n')
+        assert "mit, as the original model states it." in card
+        assert str(tmp_path) not in card
 
 
 def test_bundle_runs_after_its_card_was_written_again(output: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from edgeprune.estimate import BACKWARD, PATHS, PRODUCTS, Pace, estimate_seconds
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
-from edgeprune.reconstruct import EPOCHS
+from edgeprune.refit import PASSES
 
 SIZES = Sizes(
     outside_bytes=0,
@@ -59,8 +59,10 @@ def test_a_reconstruction_takes_time_for_every_token() -> None:
         estimate_seconds(replace(preset, refit="reconstruct"), PACE) - estimate_seconds(preset, PACE)
         for preset in (PLAIN, replace(PLAIN, calibration_sequences=128))
     ]
-    assert extra[0] == pytest.approx((PATHS + PRODUCTS * EPOCHS) * 6.4)
+    assert extra[0] == pytest.approx((PATHS + PRODUCTS * PASSES) * 6.4)
     assert extra[1] == pytest.approx(2 * extra[0])
+    twice = estimate_seconds(replace(PLAIN, refit=f"reconstruct:{2 * PASSES}"), PACE)
+    assert twice - estimate_seconds(PLAIN, PACE) == pytest.approx((PATHS + PRODUCTS * 2 * PASSES) * 6.4)
 
 
 def test_a_search_takes_its_rounds_or_its_minutes() -> None:

@@ -18,7 +18,7 @@ from edgeprune.calibration import Calibration
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.pruning import Settings, apply_plan, make_plan
-from edgeprune.reconstruct import Paths, mlp_names
+from edgeprune.reconstruct import ALTERED_TOKENS, Paths, altered, mlp_names
 from edgeprune.statistics import Stats, held_out
 from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
@@ -36,6 +36,11 @@ def planned(model: Any, tokens: Calibration, **changes: Any) -> tuple[PrunePlan,
     return make_plan(model, "toy", tokens, settings)
 
 
+def read_by(model: Any, tokens: Calibration) -> torch.Tensor:
+    """The sequences that a reconstruction of the model reads."""
+    return altered(tokens.ids, model.config.get_text_config().vocab_size)
+
+
 class Remembering(Journal):
     """A journal that forgets nothing."""
 
@@ -47,11 +52,12 @@ class Remembering(Journal):
 def test_paths_are_the_hidden_states_of_the_dense_and_of_the_pruned_model(name: str) -> None:
     model, tokens = toy(name, num_hidden_layers=4, **per_layer_lists(name, 4)), calibration()
     plan, stats = planned(model, tokens, allocation="protect:1,1")
-    expected = block_outputs(model, tokens.ids)
+    ids = read_by(model, tokens)
+    expected = block_outputs(model, ids)
     journal = Remembering()
     apply_plan(model, plan, stats.moments, tokens, journal=journal)
     shape = (*tokens.ids.shape, model.config.hidden_size)
-    found = block_outputs(model, tokens.ids)
+    found = block_outputs(model, ids)
     for layer in range(4):
         dense = journal.rows(f"dense-{layer + 1}", shape, torch.float32)[0:32]
         torch.testing.assert_close(dense, expected[layer], rtol=1e-4, atol=1e-4)
@@ -66,29 +72,28 @@ def test_the_pruned_path_is_that_of_the_weights_as_they_are_stored() -> None:
     journal = Remembering()
     outcomes = apply_plan(model, plan, stats.moments, tokens, journal=journal)  # computed in float32
     assert any(outcome.is_accepted for name, outcome in outcomes.items() if name.endswith(".mlp"))
-    found = block_outputs(model.float(), tokens.ids)
+    found = block_outputs(model.float(), read_by(model, tokens))
     for layer in range(1, 4):
         pruned = journal.rows(f"pruned-{layer + 1}", (*tokens.ids.shape, 48), torch.float32)[0:32]
         torch.testing.assert_close(pruned, found[layer], rtol=1e-4, atol=1e-4)
 
 
 def test_fit_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "EPOCHS", 12)
     monkeypatch.setattr(reconstruct, "STEP_TOKENS", 10_000)  # all tokens in every step, so that no order matters
     model, tokens = toy("llama", intermediate_size=96), calibration()
     plan, stats = planned(copy.deepcopy(model), tokens)
     dense, closed = copy.deepcopy(model), copy.deepcopy(model)
     apply_plan(closed, replace(plan, refit="least-squares"), stats.moments)
-    apply_plan(model, plan, stats.moments, tokens)
+    apply_plan(model, replace(plan, refit="reconstruct:12"), stats.moments, tokens)
     first = next(layer for layer in range(3) if closed.model.layers[layer].mlp.up_proj.out_features < 96)
 
     mlp = closed.model.layers[first].mlp
     read: list[torch.Tensor] = []
     hook = mlp.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0]))
-    of_closed = block_outputs(closed, tokens.ids[:28])[first]
+    of_closed = block_outputs(closed, read_by(closed, tokens)[:28])[first]
     hook.remove()
     with torch.no_grad():
-        target = block_outputs(dense, tokens.ids[:28])[first] - of_closed + mlp(read[0])
+        target = block_outputs(dense, read_by(dense, tokens)[:28])[first] - of_closed + mlp(read[0])
     energy = float(target.square().sum(-1).mean())
     weights = [weight.detach().clone().requires_grad_() for weight in mlp.parameters()]
     rates = [reconstruct.LEARNING_RATE * float(weight.detach().square().mean().sqrt()) for weight in weights]
@@ -243,3 +248,17 @@ def test_on_a_trained_model_it_wins_what_the_closed_form_leaves(stories260k: Pat
         with torch.no_grad():
             losses[mode] = float(smaller(judging, labels=judging).loss)
     assert losses["reconstruct"] < losses["least-squares"] - 0.02
+
+
+def test_every_other_fitted_sequence_is_altered() -> None:
+    ids = calibration(32, 400).ids
+    found = altered(ids, 50_000)
+    is_altered = found != ids
+    assert not is_altered[1::2].any()
+    assert not is_altered[28:].any()  # these judge
+    shares = is_altered[:28:2].float().mean(1)
+    assert (shares > 0).all()
+    assert float(shares.mean()) == pytest.approx(ALTERED_TOKENS, abs=0.02)
+    assert torch.equal(found, altered(ids, 50_000))
+    assert (found >= 0).all()
+    assert found[is_altered].max() > 40_000

@@ -265,6 +265,21 @@ def test_refused_intercepts_leave_the_model_alone() -> None:
     assert not model.config.attention_bias
 
 
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(EdgepruneError, match="least-squares"):
-        refitting.parse_mode("best")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("least-squares", ("least-squares", 0)),
+        ("reconstruct", ("reconstruct", refitting.PASSES)),
+        ("reconstruct:7", ("reconstruct", 7)),
+    ],
+)
+def test_a_refit_names_its_mode_and_its_passes(text: str, expected: tuple[str, int]) -> None:
+    assert refitting.parse_refit(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["best", "bias:2", "none:", "reconstruct:", "reconstruct:0", "reconstruct:1001", "reconstruct:²"]
+)
+def test_an_unknown_refit_is_refused(text: str) -> None:
+    with pytest.raises(EdgepruneError, match=r"least-squares|reconstruct:5"):
+        refitting.parse_refit(text)

@@ -526,7 +526,7 @@ def test_zeros_after_a_cut_share_its_journal_and_continue(
         ({"layout": "paper"}, "wanda is none; expected --sparsity-method dass, or --sparsity-layout hardware"),
         ({"refit": "intercept"}, "refit 'intercept' does not know zeros; expected none, least-squares, reconstruct"),
         ({"refit": "bias"}, "refit 'bias' does not know zeros"),
-        ({"refit": "best"}, "refit 'best' does not know zeros"),
+        ({"refit": "best"}, "unknown refit 'best'"),
     ],
 )
 def test_wrong_value_is_named_with_what_was_expected(changes: dict[str, str], message: str) -> None:

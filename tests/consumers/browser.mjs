@@ -1,10 +1,11 @@
 // Opens the example page in a real Chromium, asks, and prints as JSON what came back.
 //
-//     node browser.mjs CHROMIUM URL SCREENSHOT PROMPT... [--tokens N] [--stop] [--software-gpu]
+//     node browser.mjs CHROMIUM URL SCREENSHOT PROMPT... [--tokens N] [--stop] [--software-gpu] [--no-webgpu]
 //         [--width N] [--height N]
 //
 // With --stop the button is pressed as soon as there is a token. With --software-gpu WebGPU has an adapter on machines
-// without a GPU: Chromium's own, which computes on the CPU.
+// without a GPU: Chromium's own, which computes on the CPU. With --no-webgpu the page sees a browser that does not know
+// WebGPU at all.
 
 import { parseArgs } from "node:util";
 
@@ -19,6 +20,7 @@ const { values, positionals } = parseArgs({
     tokens: { type: "string", default: "24" },
     stop: { type: "boolean", default: false },
     "software-gpu": { type: "boolean", default: false },
+    "no-webgpu": { type: "boolean", default: false },
     width: { type: "string", default: "900" },
     height: { type: "string", default: "800" },
   },
@@ -31,6 +33,9 @@ const args = values["software-gpu"] ? gpu : [];
 const browser = await chromium.launch({ executablePath, chromiumSandbox: false, args });
 try {
   const page = await browser.newPage({ viewport: { width: Number(values.width), height: Number(values.height) } });
+  if (values["no-webgpu"]) {
+    await page.addInitScript(() => delete Navigator.prototype.gpu);
+  }
   const [problems, requested] = [[], new Set()];
   page.on("console", (message) => message.type() === "error" && problems.push(message.text()));
   page.on("pageerror", (error) => problems.push(String(error)));
@@ -77,6 +82,7 @@ try {
     state: document.body.dataset.state,
     status: document.getElementById("status").textContent,
     device: document.getElementById("device").value,
+    notice: document.getElementById("notice").checkVisibility() ? document.getElementById("notice").textContent : null,
     isIsolated: globalThis.crossOriginIsolated,
   }));
   console.log(JSON.stringify({ ...shown, answers, problems, requested: [...requested] }));

@@ -2,14 +2,17 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from commandline import invoke
-from consumed import WriteBundle
+from consumed import BLOCKWISE, WithFloatProducts, WriteBundle
 from cuts import groups_of
 from tiny_bundle import EOS, TEMPLATE, byte_tokenizer
 from toys import toy
@@ -19,7 +22,8 @@ from edgeprune import checkpoint
 from edgeprune.groups import heads_per_kv_head, layer_widths
 from edgeprune.shrink import shrink
 from edgeprune_export.exporting import export
-from edgeprune_export.quantize import Precision, parse_precisions
+from edgeprune_export.quantize import ROUNDED_INPUTS, Precision, parse_precisions
+from edgeprune_runtime.bundle import MANIFEST_FILE, FileRecord, graph_file, open_bundle
 
 VARIANTS = "fp32,int8,int8-dynamic,int4"
 CHANNELS = (96, 70, 33)
@@ -106,6 +110,33 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = invoke("export", folder / "checkpoint", "-o", folder / "bundle", "--precision", VARIANTS, "--quiet")
     assert done.code == 0, done.err
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def with_float_products(tmp_path_factory: pytest.TempPathFactory) -> WithFloatProducts:
+    """What runtimes compute that have no kernels for rounded inputs, such as ONNX Runtime's WebAssembly."""
+
+    @cache
+    def make(bundle: Path) -> Path:
+        folder = tmp_path_factory.mktemp("float-products") / "bundle"
+        shutil.copytree(bundle, folder, copy_function=os.link)
+        manifest = open_bundle(bundle).manifest
+        files = dict(manifest.files)
+        for variant in set(BLOCKWISE) & set(manifest.variants):
+            file = graph_file(variant)
+            graph = onnx.load(bundle / file, load_external_data=False)
+            levels = [each for node in graph.graph.node for each in node.attribute if each.name == "accuracy_level"]
+            assert {level.i for level in levels} == {ROUNDED_INPUTS}
+            for level in levels:
+                level.i = 0
+            (folder / file).unlink()
+            onnx.save(graph, folder / file)
+            files[file] = FileRecord.of(folder / file)
+        (folder / MANIFEST_FILE).unlink()
+        replace(manifest, files=files).save(folder)
+        return folder
+
+    return make
 
 
 def _lenient(precision: Precision) -> Precision:

@@ -1,7 +1,14 @@
-"""The example page in a real browser writes the tokens that our runtime writes; its screenshots stay in `tmp_path`."""
+"""The example page in a real browser writes the tokens that our runtime writes; its screenshots stay in `tmp_path`.
+
+Of weights in blocks it multiplies the inputs as they are, which our runtime rounds to 8 bits on most processors: there
+the tokens are those of our runtime told to do the same.
+"""
 
 import functools
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,9 +19,9 @@ from typing import Any
 
 import javascript
 import pytest
-from consumed import BUNDLES, VARIANTS, greedy, until_end
+from consumed import BLOCKWISE, BUNDLES, VARIANTS, WithFloatProducts, greedy, until_end
 
-from edgeprune_runtime.bundle import open_bundle
+from edgeprune_runtime.bundle import MANIFEST_FILE, open_bundle
 from edgeprune_runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.consumers
@@ -22,7 +29,7 @@ pytestmark = pytest.mark.consumers
 PAGE = javascript.EXAMPLES / "browser"
 DRIVER = Path(__file__).with_name("browser.mjs")
 PNG = b"\x89PNG\r\n\x1a\n"
-PROMPTS = ("Why is the sky blue?", "Name three colours.")
+PROMPTS = ("Why is the sky blue?", "Name three colours.", "What do bees make?", "Write a line about the sea.")
 NEW_TOKENS = 16
 
 Serve = Callable[[Path], str]
@@ -81,9 +88,11 @@ def assert_same(bundle: Path, variant: str, found: dict[str, Any], tokens: int =
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_tokens_from_every_variant(bundle: Path, variant: str, serve: Serve, tmp_path: Path) -> None:
+def test_same_tokens_from_every_variant(
+    bundle: Path, variant: str, with_float_products: WithFloatProducts, serve: Serve, tmp_path: Path
+) -> None:
     found = shown(tmp_path, f"{serve(bundle)}?variant={variant}", *PROMPTS, "--tokens", NEW_TOKENS)
-    assert_same(bundle, variant, found)
+    assert_same(with_float_products(bundle) if variant in BLOCKWISE else bundle, variant, found)
     assert found["isIsolated"]  # so that WebAssembly may use threads
     assert found["status"].startswith(f"{variant} ready")
 
@@ -113,12 +122,43 @@ def test_any_static_server_will_do(toy_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_webgpu_without_a_gpu(toy_bundle: Path, variant: str, serve: Serve, tmp_path: Path) -> None:
+def test_webgpu_without_a_gpu(
+    toy_bundle: Path, variant: str, with_float_products: WithFloatProducts, serve: Serve, tmp_path: Path
+) -> None:
     """ONNX Runtime's WebGPU kernels on an adapter that computes on the CPU; says nothing of real GPUs."""
     url = f"{serve(toy_bundle)}?variant={variant}&device=webgpu"
     found = shown(tmp_path, url, *PROMPTS, "--tokens", NEW_TOKENS, "--software-gpu")
     assert found["device"] == "webgpu"
-    assert_same(toy_bundle, variant, found)
+    assert_same(with_float_products(toy_bundle) if variant in BLOCKWISE else toy_bundle, variant, found)
+
+
+@pytest.mark.parametrize("asks", ["address", "target"])
+def test_webgpu_is_taken_where_it_is_asked_for(asks: str, toy_bundle: Path, serve: Serve, tmp_path: Path) -> None:
+    bundle = toy_bundle if asks == "address" else for_webgpu(toy_bundle, tmp_path / "bundle")
+    url = serve(bundle) + ("?device=webgpu" if asks == "address" else "")
+    found = shown(tmp_path, url, PROMPTS[0], "--tokens", 1, "--software-gpu")
+    assert (found["device"], found["notice"]) == ("webgpu", None)
+    found = shown(tmp_path, f"{url.partition('?')[0]}?device=wasm", PROMPTS[0], "--tokens", 1, "--software-gpu")
+    assert (found["device"], found["notice"]) == ("wasm", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "This browser's WebGPU finds no graphics adapter"),
+        (("--no-webgpu",), "This browser has no WebGPU here"),
+    ],
+)
+@pytest.mark.parametrize("asks", ["address", "target"])
+def test_browser_without_webgpu_says_so_and_uses_the_cpu(
+    asks: str, options: tuple[str, ...], reason: str, toy_bundle: Path, serve: Serve, tmp_path: Path
+) -> None:
+    bundle = toy_bundle if asks == "address" else for_webgpu(toy_bundle, tmp_path / "bundle")
+    url = serve(bundle) + ("?device=webgpu" if asks == "address" else "")
+    found = shown(tmp_path, url, *PROMPTS, "--tokens", NEW_TOKENS, *options)
+    assert found["device"] == "wasm"
+    assert found["notice"] == f"{reason}: the model runs on the CPU instead."
+    assert_same(toy_bundle, "fp32", found)
 
 
 def test_an_answer_can_be_stopped(toy_bundle: Path, serve: Serve, tmp_path: Path) -> None:
@@ -128,6 +168,15 @@ def test_an_answer_can_be_stopped(toy_bundle: Path, serve: Serve, tmp_path: Path
     [answer] = shown(tmp_path, serve(toy_bundle), PROMPTS[0], "--tokens", tokens, "--stop")["answers"]
     assert 1 <= len(answer["ids"]) < tokens
     assert answer["ids"] == greedy(toy_bundle, "fp32", prompt, tokens)[: len(answer["ids"])]
+
+
+def for_webgpu(bundle: Path, folder: Path) -> Path:
+    """The same bundle (its files linked) whose manifest says that it was made for WebGPU."""
+    shutil.copytree(bundle, folder, copy_function=os.link)
+    manifest = json.loads((bundle / MANIFEST_FILE).read_text("utf-8"))
+    (folder / MANIFEST_FILE).unlink()
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"target": "webgpu"}), "utf-8")
+    return folder
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

@@ -24,12 +24,21 @@ WINDOWS = 3
 # lm-eval sums in float32 over a whole text, we in float64.
 RELATIVE = 1e-5
 
-LAMBADA_ROWS = 12
+REAL_ROWS, REAL_QUESTIONS = 12, 6
 MADE_UP = [
     {"context": "The cook put salt on the", "target": "eggs"},
     {"context": "A ship came home at", "target": "noon"},
     {"context": "Nine and twelve are", "target": "twenty-one"},
     {"context": "Ask a question:", "target": "who sold the red hat?"},
+]
+QUESTIONS = [
+    {"context": "Question: What do bees make?\nAnswer:", "choices": ["honey", "paper money", "glass"], "answer": 0},
+    {
+        "context": "Question: Where do fish live?\nAnswer:",
+        "choices": ["in trees", "in water", "on the moon"],
+        "answer": 1,
+    },
+    {"context": "Question: What is ice made of?\nAnswer:", "choices": ["iron", "salt", "frozen water"], "answer": 2},
 ]
 
 
@@ -38,13 +47,27 @@ def bundle(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
+RealRows = Callable[[str, int], list[dict[str, Any]]]
+
+
 @pytest.fixture
-def rows(bundle: Path, toy_bundle: Path, request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    """Contexts and what follows them: of LAMBADA for the real model."""
-    if bundle == toy_bundle:
-        return MADE_UP
-    lines = (request.getfixturevalue("data_folder") / "text" / "lambada.jsonl").read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:LAMBADA_ROWS]]
+def real_rows(request: pytest.FixtureRequest) -> RealRows:
+    """Reads the first rows of a file of the test data; none where there are no test data, for it goes without, too."""
+
+    def read(file: str, count: int) -> list[dict[str, Any]]:
+        try:
+            folder: Path = request.getfixturevalue("data_folder")
+        except pytest.skip.Exception:
+            return []
+        return [json.loads(line) for line in (folder / file).read_text("utf-8").split("\n")[:count]]
+
+    return read
+
+
+@pytest.fixture
+def rows(bundle: Path, toy_bundle: Path, real_rows: RealRows) -> list[dict[str, str]]:
+    """Contexts and what follows them; for the real model also of LAMBADA."""
+    return MADE_UP if bundle == toy_bundle else [*MADE_UP, *real_rows("text/lambada.jsonl", REAL_ROWS)]
 
 
 @pytest.fixture
@@ -141,9 +164,8 @@ def test_log_likelihood_of_every_item(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_choice_of_every_question(backend: str, smollm2_bundle: Path, data_folder: Path, scored: Any) -> None:
-    lines = (data_folder / "tasks" / "arc_easy.jsonl").read_text("utf-8").split("\n")
-    questions = [json.loads(line) for line in lines[:6]]
+def test_choice_of_every_question(backend: str, smollm2_bundle: Path, real_rows: RealRows, scored: Any) -> None:
+    questions = [*QUESTIONS, *real_rows("tasks/arc_easy.jsonl", REAL_QUESTIONS)]
     found = scored(backend, smollm2_bundle, CHOICE, questions)
     samples = sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
     right = []

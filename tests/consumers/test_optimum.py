@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from consumed import NEW_TOKENS, VARIANTS, WriteBundle, greedy, prompts, until_end
+from consumed import BUNDLES, NEW_TOKENS, VARIANTS, WriteBundle, greedy, prompts, until_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune_runtime.bundle import graph_file, open_bundle
@@ -59,7 +59,7 @@ def test_same_tokens_of_a_trained_model(stories260k: Path, write_bundle: WriteBu
     check_same_tokens(bundle, "fp32", prompts(bundle)[:3])
 
 
-@pytest.mark.parametrize("cut", ["evenly_cut_bundle", "toy_bundle"])
+@pytest.mark.parametrize("cut", ["evenly_cut_bundle", *BUNDLES])
 def test_model_without_some_heads_does_not_run(cut: str, request: pytest.FixtureRequest) -> None:
     bundle: Path = request.getfixturevalue(cut)
     done = optimum(bundle, "fp32", [prompts(bundle)[:1]])

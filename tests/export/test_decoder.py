@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import toys
 from exported import SAMPLE, decoder_graph, pruned
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from edgeprune.checkpoint import load_pruned
 from edgeprune.configs import architecture
@@ -28,6 +30,7 @@ from edgeprune_export.weights import Weights
 from edgeprune_runtime.errors import EdgepruneError, GateError
 
 TOLERANCE = 1e-4
+LONG_CONTEXT_TOKENS = 70_000
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
     "llama3": {
@@ -76,6 +79,55 @@ def test_every_rope_scaling_equals_torch_as_far_as_the_context_goes(kind: str, t
     rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
     model = pruned(tmp_path / "model", "llama", head_dim=16, rope_parameters=rope)
     check_parity(model, decoder_graph(tmp_path / "model", tmp_path), SAMPLE, tolerance=TOLERANCE, threads=1)
+
+
+def rotary_tables(graph: Path, tmp_path: Path) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    """The tables that ONNX Runtime computes from a graph when it opens a session, by the name of the value."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    optimised = ir.load(options.optimized_model_filepath).graph
+    computed = {"Range", "Cos", "Sin"} & {node.op_type for node in optimised}
+    assert not computed, f"{computed} would be computed at every step"
+    tables = {name: value.const_value for name, value in optimised.initializers.items() if name.startswith("rotary")}
+    return {name: table.numpy() for name, table in tables.items() if table is not None and table.shape.rank() == 2}
+
+
+@pytest.mark.parametrize("kind", ["default", *ROPES])
+def test_rotary_tables_are_computed_when_a_session_opens_and_stored_nowhere(kind: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES.get(kind, {})}
+    model = toys.toy("llama", head_dim=16, rope_parameters=rope, max_position_embeddings=LONG_CONTEXT_TOKENS)
+    model.save_pretrained(tmp_path / "model")
+    graph = decoder_graph(tmp_path / "model", tmp_path)
+    assert graph.stat().st_size + graph.with_name("model.onnx_data").stat().st_size < 4 * LONG_CONTEXT_TOKENS * 8
+    tokens = 64 if kind == "longrope" else LONG_CONTEXT_TOKENS
+    expected = model.base_model.rotary_emb(torch.zeros(1), torch.arange(tokens)[None])
+    tables = rotary_tables(graph, tmp_path)
+    assert len(tables) == 2
+    for (name, table), of_torch in zip(sorted(tables.items()), expected, strict=True):
+        assert table.shape == (tokens, 8)
+        np.testing.assert_allclose(table, of_torch[0, :, :8].numpy(), rtol=0, atol=5e-7, err_msg=name)
+
+
+def test_every_kind_of_layer_has_rotary_tables_of_its_own(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", "gemma3_text", head_dim=16)
+    tables = rotary_tables(decoder_graph(tmp_path / "model", tmp_path), tmp_path)
+    assert len(tables) == 4
+    positions = torch.arange(len(next(iter(tables.values()))))[None]
+    for kind in set(model.config.layer_types):
+        expected = model.base_model.rotary_emb(torch.zeros(1), positions, kind)
+        for function, of_torch in zip(("Cos", "Sin"), expected, strict=True):
+            (found,) = (table for name, table in tables.items() if f".{kind}/" in name and function in name)
+            np.testing.assert_allclose(found, of_torch[0, :, :8].numpy(), rtol=0, atol=5e-7)
+
+
+def test_rotary_module_of_another_formula_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys.toy("llama", head_dim=16).save_pretrained(tmp_path / "model")
+    forward = LlamaRotaryEmbedding.forward
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", lambda self, x, ids: forward(self, x, 2 * ids))
+    with pytest.raises(EdgepruneError, match=r"LlamaRotaryEmbedding makes other cosines .*--graph-source traced"):
+        decoder_graph(tmp_path / "model", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +198,7 @@ def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     parameters, _ = weights.count_parameters()
     stored = [value.const_value for value in graph.initializers.values()]
     tensors = [tensor for tensor in stored if isinstance(tensor, ir.ExternalTensor)]
-    rotary = sum(tensor.nbytes for tensor in tensors if tensor.name.startswith("rotary"))
-    assert sum(tensor.nbytes for tensor in tensors) - rotary == 4 * parameters
+    assert sum(tensor.nbytes for tensor in tensors) == 4 * parameters
 
 
 def test_weights_lie_in_one_file_beside_the_graph_on_page_boundaries(tmp_path: Path) -> None:

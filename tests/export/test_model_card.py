@@ -19,10 +19,19 @@ from markdown_it import MarkdownIt
 from tiny_bundle import EOS, TEMPLATE, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from edgeprune.groups import LayerWidths
 from edgeprune.plan import CalibrationRecord, PrunePlan, SparsityRecord
 from edgeprune.sources import Source
 from edgeprune_export.exporting import export
-from edgeprune_export.model_card import CARD_FILE, Origin, add_results, measured_results, model_card, plain
+from edgeprune_export.model_card import (
+    CARD_FILE,
+    Origin,
+    add_results,
+    checkpoint_card,
+    measured_results,
+    model_card,
+    plain,
+)
 from edgeprune_export.snippets import SNIPPETS, optimum_obstacle, snippets
 from edgeprune_runtime.bundle import Layer, Manifest, ModelInfo, Variant, open_bundle
 from edgeprune_runtime.machine import this_machine
@@ -32,6 +41,7 @@ HOSTILE = (
     "# x\n\n---\n<script>alert(1)</script> ![i](http://e.vil/i.png) [l](javascript:x) `code` **b** | a | $$y$$ &amp; "
     "https://e.vil www.e.vil @all \x1b[31m \u202e \\ _it_ ~~s~~"
 )
+TAGS = {"h1", "h2", "h3", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td"}
 PLAN = PrunePlan(
     model="A model",
     model_type="llama",
@@ -173,6 +183,34 @@ def test_origin_of_a_source(tmp_path: Path) -> None:
     assert Origin.of_source(source("x", "folder", str(tmp_path))) == Origin("c/d", "mit")
 
 
+def test_card_of_a_checkpoint_says_what_was_cut_and_hands_its_origin_on(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    stated = "---\nbase_model: a/b\nlicense: other\nlicense_name: mine\nlicense_link: https://mine.example\n---\n"
+    (tmp_path / "model" / CARD_FILE).write_text(stated)
+    source = Source(str(tmp_path / "model"), "folder", tmp_path / "model", "model (llama)", "llama", licence="other")
+    record = SparsityRecord("2:4", "alps", "mlp", "hardware", "none", {"a": "in", "b": "in"})
+    widths = (LayerWidths(4, 2, 16, 96), LayerWidths(2, 1, 16, 32))
+    card = checkpoint_card(source, replace(PLAN, sparsity=record), widths)
+    (tmp_path / CARD_FILE).write_text(card)
+    assert Origin.of_folder(tmp_path) == Origin("a/b", "other", "mine", "https://mine.example")
+    assert front_matter(card)["library_name"] == "transformers"
+    assert front_matter(card)["tags"] == ["edgeprune", "pruned", "sparse"]
+    assert "20.0% of all parameters (1,000 became 800)" in card
+    assert table(card, "What was removed")[1:] == [["0", "4", "2", "16", "96"], ["1", "2", "1", "16", "32"]]
+    assert "Pattern 2:4 in 2 Linears" in card
+    assert "other (mine), as the original model states it" in card
+    assert str(tmp_path) not in card
+
+
+def test_card_of_a_checkpoint_takes_no_markup_from_strangers() -> None:
+    source = Source(HOSTILE, "hub", Path(HOSTILE), HOSTILE, "llama", licence=HOSTILE)
+    card = checkpoint_card(source, replace(PLAN, model=HOSTILE, method=HOSTILE), (LayerWidths(4, 2, 16, 96),))
+    assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
+    assert set(re.findall(r"<(\w+)", html := rendered(card))) <= TAGS
+    assert html.count("<h1") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+
+
 def test_dense_model_has_lost_nothing_and_a_cut_one_says_how_much(manifest: Manifest) -> None:
     assert "Nothing: this is the model as it was" in model_card(replace(manifest, plan=None))
     card = model_card(replace(manifest, plan=PLAN.summary()))
@@ -256,8 +294,7 @@ def test_words_of_a_stranger_stay_words(manifest: Manifest) -> None:
     card = model_card(hostile, Origin(HOSTILE, HOSTILE, HOSTILE, HOSTILE))
     assert not {"base_model", "license"} & set(front_matter(card))
     html = rendered(card)
-    tags = set(re.findall(r"<(\w+)", html))
-    assert tags <= {"h1", "h2", "h3", "p", "ul", "li", "code", "pre", "table", "thead", "tbody", "tr", "th", "td"}
+    assert set(re.findall(r"<(\w+)", html)) <= TAGS
     assert html.count("<h1") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "\x1b" not in card

@@ -72,6 +72,21 @@ def test_file_runs_alone_and_computes_the_same(bundle: Path, variant: str, tmp_p
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_table_that_embedding_and_output_share_is_in_the_file_once(variant: str, tmp_path: Path) -> None:
+    pruned(tmp_path / "checkpoint", "llama", tie_word_embeddings=True)
+    export(tmp_path / "checkpoint", tmp_path / "bundle", precisions=[replace(PRECISIONS[variant], **LENIENT)])
+    graph = tmp_path / "bundle" / graph_file(variant)
+    parsed = onnx.load(graph)
+    readers = {name: node.op_type for node in parsed.graph.node for name in node.input}
+    tables = [onnx.numpy_helper.to_array(tensor) for tensor in parsed.graph.initializer if tensor.dims[:1] == [97]]
+    [table] = {table.tobytes() for table in tables if table.dtype == np.uint8}
+    assert {"GatherBlockQuantized", "MatMulNBits"} <= set(readers.values())
+    files = convert_to_ort(graph, tmp_path)
+    assert files.model.read_bytes().count(table) == 1
+    assert files.max_abs_error == 0.0
+
+
 @pytest.mark.slow
 def test_traced_graph_is_converted_too(tmp_path: Path) -> None:
     pruned(tmp_path / "checkpoint", "gpt_neox")

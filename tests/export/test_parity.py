@@ -74,9 +74,25 @@ def test_swapped_query_heads_are_refused(model_and_graph: tuple[Any, Path], grap
     refused(model, graph)
 
 
-# Shifting both tables by a position would shift all positions alike, which rotary embeddings do not see.
-def test_rotary_table_shifted_by_one_is_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
-    edit_weight(graph, "rotary.cos", lambda table: np.roll(table, 1, axis=0))
+# Shifting cosines and sines by a position would shift all positions alike, which rotary embeddings do not see.
+def test_cosines_shifted_by_one_are_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    broken = ir.load(graph)
+    angles = broken.graph.node("rotary/angles").outputs[0]
+    frequencies = broken.graph.initializers["rotary.frequencies"]
+    tape = Tape()
+    cosines = broken.graph.node("rotary/Cos")
+    cosines.replace_input_with(0, tape.op("Sub", [angles, frequencies]))
+    broken.graph.insert_before(cosines, tape.nodes)
+    ir.save(broken, graph)
+    refused(model_and_graph[0], graph)
+
+
+def test_frequencies_in_another_order_are_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
+    broken = ir.load(graph)
+    frequencies = broken.graph.initializers["rotary.frequencies"]
+    assert frequencies.const_value is not None
+    frequencies.const_value = ir.tensor(frequencies.const_value.numpy()[:, ::-1].copy(), name=frequencies.name)
+    ir.save(broken, graph)
     refused(model_and_graph[0], graph)
 
 

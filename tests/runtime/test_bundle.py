@@ -96,6 +96,7 @@ def test_link_out_of_the_folder_is_refused(folder: Path) -> None:
         open_bundle(folder)
 
 
+VARIANT = {"graph": GRAPH, "data": [DATA], "graph_source": "decoder", "tolerance": 1e-3, "parity": {}}
 WRONG = [
     ("schema_version", 2, "this edgeprune reads 1"),
     ("schema_version", True, "whole number"),
@@ -113,6 +114,7 @@ WRONG = [
     ("model", None, "an object was expected"),
     ("golden", "/golden.npz", "a relative path"),
     ("notes", ["why", 1], "a list of strings"),
+    ("variants", {"fp32": {**VARIANT, "accuracy_level": 5}}, "whole number in 0..4"),
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_bundle import DATA, GRAPH, edit_manifest, record, write_bundle
 
 from edgeprune_runtime import cpu_features, doctor_bundle
-from edgeprune_runtime.bundle import Bundle, Layer, Manifest, open_bundle
+from edgeprune_runtime.bundle import Bundle, GraphSource, Layer, Manifest, open_bundle
 from edgeprune_runtime.cpu_features import ARM, X86, parse_cpuinfo, parse_sysctl
 from edgeprune_runtime.doctor import Finding, Here, count_problems, examine_machine, look, release
 from edgeprune_runtime.doctor_bundle import Numbers, estimate_bytes, examine_bundle
@@ -255,6 +255,43 @@ def test_precision_is_held_against_the_cpu(
     assert said is None or said in suits[0].found
 
 
+@pytest.mark.parametrize(
+    ("level", "processor", "flags", "said"),
+    [
+        (0, "x86_64", {"avx512vnni"}, "inputs are not rounded (accuracy level 0)"),
+        (1, "AMD64", {"avx2"}, "inputs are not rounded (accuracy level 1)"),
+        (0, "aarch64", set(), None),
+        (4, "x86_64", {"avx512vnni"}, None),
+        (4, "x86_64", {"avx2"}, "has no AVX-512 VNNI or AVX-VNNI"),
+        (None, "x86_64", {"avx2"}, "has no AVX-512 VNNI or AVX-VNNI"),
+    ],
+)
+def test_accuracy_level_of_the_manifest_decides_what_a_cpu_must_have(
+    folder: Path, level: int | None, processor: str, flags: set[str], said: str | None
+) -> None:
+    manifest = Manifest.load(folder)
+    variant = replace(manifest.variants["fp32"], accuracy_level=level)
+    record(folder, replace(manifest, variants={"int8": variant}, default_variant="int8"))
+    here = replace(SERVER, processor=processor, cpu_flags=frozenset(flags))
+    suits = about(examine_bundle(folder, here), "int8")[2:]
+    assert [each.level for each in suits] == (["note"] if said else [])
+    assert said is None or said in suits[0].found
+
+
+@pytest.mark.parametrize(("graph_source", "bytes_per_channel"), [("decoder", 4), ("traced", 0)])
+def test_rotary_table_of_the_whole_context_is_counted_where_a_graph_has_one(
+    folder: Path, graph_source: GraphSource, bytes_per_channel: int
+) -> None:
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
+    variants = {"fp32": replace(bundle.variant, graph_source=graph_source)}
+    short, long = (
+        estimate_bytes(replace(bundle, manifest=replace(manifest, variants=variants, context_tokens=tokens)), 32)
+        for tokens in (100, 1100)
+    )
+    assert long - short == 1000 * bytes_per_channel * max(layer.head_dim for layer in manifest.layers)
+
+
 def test_another_variant_that_does_not_run_is_a_note_and_one_that_does_is_named(folder: Path) -> None:
     manifest = Manifest.load(folder)
     missing = replace(manifest.variants["fp32"], graph="onnx/absent.onnx")
@@ -310,7 +347,8 @@ def test_genai_config_of_no_variant_is_a_problem_and_none_at_all_a_note(folder: 
 
 def test_estimate_grows_with_context_weights_and_a_rounded_head(both_folder: Path) -> None:
     bundle = open_bundle(both_folder)
-    assert estimate_bytes(bundle, 0) == doctor_bundle.BASE_BYTES + bundle.size_bytes
+    table_bytes = 4 * bundle.manifest.layers[0].head_dim * bundle.manifest.context_tokens
+    assert estimate_bytes(bundle, 0) == doctor_bundle.BASE_BYTES + bundle.size_bytes + table_bytes
     per_token = estimate_bytes(bundle, 5_000) - estimate_bytes(bundle, 4_999)
     assert per_token == 2 * bundle.kv_bytes_per_token
     assert estimate_bytes(bundle, 5_000, Numbers(2)) < estimate_bytes(bundle, 5_000)

@@ -92,3 +92,13 @@ def test_memory_group_is_made_only_where_the_controller_is_handed_down(
 def test_peak_rss_is_plausible() -> None:
     peak = limits.peak_rss_bytes()
     assert peak is None or (10 << 20) < peak < (1 << 40)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
+def test_memory_of_its_own_is_part_of_what_is_resident() -> None:
+    own, resident, peak = limits.own_rss_bytes(), limits.rss_bytes(), limits.peak_rss_bytes()
+    assert own is not None
+    assert resident is not None
+    assert peak is not None
+    # The kernel brings its counts up to date in batches of pages.
+    assert 0 < own <= resident + (1 << 20) <= peak + (2 << 20)

@@ -57,6 +57,10 @@ def test_html_is_one_safe_file_with_bars(report: Report) -> None:
     assert 'rect width="80.0"' in report.to_html()
 
 
+def test_a_missing_figure_stands_under_the_others(report: Report) -> None:
+    assert "<td class=figure>–</td>" in report.to_html()
+
+
 def test_terminal_shows_markup_as_text(report: Report) -> None:
     console = Console(file=io.StringIO(), width=200)
     report.print(console)

@@ -11,7 +11,8 @@ PRECISIONS = ("int8",)
 MAX_DATA_BYTES = MAX_BYTES - SPARE_BYTES
 ORT_FOLDER, RESULTS = "ort", "mobile"
 NOTES = (
-    f"the app takes {ORT_FOLDER}/*.ort, weights included, and tokenizer.json; onnx/ is for checking on a workstation",
+    f"the app takes {ORT_FOLDER}/*.ort, weights included, and tokenizer.json; onnx/ is for checking on a workstation, "
+    f"where `edgeprune run BUNDLE/{ORT_FOLDER}/NAME.ort` runs such a file as well",
     f"a build of ONNX Runtime for this app alone takes {ORT_FOLDER}/*.required_operators.config "
     "(--include_ops_by_config); the full packages need none",
 )
