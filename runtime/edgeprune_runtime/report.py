@@ -183,7 +183,7 @@ def _html_table(table: Table) -> str:
     lines.append(f"<tr>{''.join(heads)}</tr>")
     tops = [_largest_figure([row[index] for row in table.rows]) for index in range(len(table.columns))]
     for row in table.rows:
-        cells = []
+        cells: list[str] = []
         for column, cell, top in zip(table.columns, row, tops, strict=True):
             is_figure = isinstance(cell, int | float) and not isinstance(cell, bool)
             bar = _bar(float(cell) / top) if is_figure and column in table.bars and top > 0 else ""  # type: ignore[arg-type]
