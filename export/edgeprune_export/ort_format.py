@@ -6,8 +6,9 @@
 The file holds the graph as it is after optimisation, and its weights: external data goes into it, and as FlatBuffers
 count their bytes in 31 bits, so does the format. It has no word for two tensors over the same bytes, as a rounded table
 is that embedding and output share in two shapes: one of them is written as a `Reshape` of the other, which copies
-nothing. The list of operators is what `--include_ops_by_config` of ONNX Runtime's build takes, so that a build for one
-app carries no other kernels; the full packages read the file as well.
+nothing. What hangs on constants alone, such as the rotary tables, is computed here, as a session over such a file would
+not do so when it opens, but at every call. The list of operators is what `--include_ops_by_config` of ONNX Runtime's
+build takes, so that a build for one app carries no other kernels; the full packages read the file as well.
 """
 
 import logging
@@ -28,6 +29,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx.external_data_helper import uses_external_data
 from onnx.helper import tensor_dtype_to_np_dtype
 
+from edgeprune_runtime.bundle import ORT_SUFFIX
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.limits import usable_cpus
 from edgeprune_runtime.output import check_space
@@ -36,7 +38,6 @@ from edgeprune_runtime.session import ORT_ERRORS
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-ORT_SUFFIX = ".ort"
 OPERATORS_SUFFIX = ".required_operators.config"
 
 MAX_BYTES = (1 << 31) - 1
@@ -138,9 +139,10 @@ def convert_to_ort(graph: Path, folder: Path) -> OrtFiles:
         EdgepruneError: if the graph cannot be read, has more weights than the format holds, or the disk is full.
         GateError: if the converted graph computes something else. Neither file is left behind then.
     """
-    parsed = _read(graph)
-    _store_once(parsed)
-    size_bytes = _size_bytes(parsed) + SPARE_BYTES
+    source = _read(graph)
+    _fold_constants(source, graph)
+    has_views = _store_once(source)
+    size_bytes = _size_bytes(source) + SPARE_BYTES
     if size_bytes > MAX_BYTES:
         raise EdgepruneError(
             f"{graph} takes {size_bytes / 1e9:.1f} GB with its weights, and the ORT format holds "
@@ -150,7 +152,7 @@ def convert_to_ort(graph: Path, folder: Path) -> OrtFiles:
     folder.mkdir(parents=True, exist_ok=True)
     model, operators = folder / (graph.stem + ORT_SUFFIX), folder / (graph.stem + OPERATORS_SUFFIX)
     try:
-        _convert(graph, model)
+        _convert(source, graph, model, has_views=has_views)
         operators.write_text(_required_operators(model), encoding="utf-8")
         error = _largest_difference(graph, model)
     except BaseException:
@@ -204,8 +206,8 @@ def _partition(found: Any) -> Partition:
     return Partition(advice, found.num_supported_nodes, found.num_partitions)
 
 
-def _convert(graph: Path, model: Path) -> None:
-    parsed = _read(graph)
+def _convert(source: onnx.ModelProto, graph: Path, model: Path, *, has_views: bool) -> None:
+    """Write a parsed graph, whose external data lie beside the file it was read from, in the ORT format."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(model)
@@ -214,15 +216,62 @@ def _convert(graph: Path, model: Path) -> None:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
     # Its layouts suit the processor at hand alone.
     disabled = ["NchwcTransformer"]
-    if _store_once(parsed):
+    if has_views:
         # It would make copies of what is stored once.
         disabled.append("ConstantFolding")
     try:
         onnxruntime.InferenceSession(
-            parsed.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            source.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except _FAILURES as error:
         raise _unreadable(graph, error) from error
+
+
+def _fold_constants(model: onnx.ModelProto, file: Path) -> None:
+    """Put what ONNX Runtime computes of small constants in the place of the nodes that compute it.
+
+    Its own folding cannot be told to leave the views of `_store_once` alone.
+    """
+    graph = model.graph
+    known = {tensor.name for tensor in graph.initializer if not uses_external_data(tensor)} | {""}
+    folded: list[onnx.NodeProto] = []
+    left: list[onnx.NodeProto] = []
+    for node in graph.node:  # which stand in the order of their computation
+        if known.issuperset(node.input):
+            folded.append(node)
+            known.update(node.output)
+        else:
+            left.append(node)
+    if not folded:
+        return
+    read = {name for node in left for name in node.input} | {output.name for output in graph.output}
+    wanted = [name for node in folded for name in node.output if name in read]
+    used = {name for node in folded for name in node.input}
+    part = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            folded,
+            "constants",
+            [],
+            [onnx.helper.make_empty_tensor_value_info(name) for name in wanted],
+            [tensor for tensor in graph.initializer if tensor.name in used],
+        ),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        values = session.run(wanted, {})
+    except _FAILURES as error:
+        raise _unreadable(file, error) from error
+    kept = [tensor for tensor in graph.initializer if tensor.name not in used or tensor.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(left)
+    graph.initializer.extend(kept)
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(value, name) for name, value in zip(wanted, values, strict=True)
+    )
 
 
 def _store_once(model: onnx.ModelProto) -> bool:

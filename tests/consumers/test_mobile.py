@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from consumed import BUNDLES, NEW_TOKENS, VARIANTS, greedy, prompts, until_end
@@ -12,7 +11,7 @@ from edgeprune_export.ort_format import convert_to_ort, mobile_findings
 from edgeprune_runtime.bundle import open_bundle
 
 pytestmark = pytest.mark.consumers
-OPERATOR_BYTES = 1_500
+OPERATOR_BYTES = 100_000
 
 
 @pytest.fixture(params=BUNDLES)
@@ -46,9 +45,11 @@ def written(model: Path, prompt: tuple[int, ...]) -> list[int]:
 def test_same_tokens_from_every_variant(bundle: Path, variant: str, tmp_path: Path) -> None:
     opened = open_bundle(bundle, variant)
     files = convert_to_ort(opened.graph_path, tmp_path)
-    # what embedding and output share is in it once; for each operator it takes more room than ONNX
-    operators = len(onnx.load(opened.graph_path, load_external_data=False).graph.node)
-    assert files.size_bytes < 1.01 * opened.size_bytes + OPERATOR_BYTES * operators
+    manifest = opened.manifest
+    table_bytes = 4 * max(layer.head_dim for layer in manifest.layers) * manifest.context_tokens
+    # What embedding and output share is in it once, and so are the cosines and sines, which the bundle only describes;
+    # for the operators themselves it takes more room than ONNX.
+    assert files.size_bytes < 1.03 * (opened.size_bytes + table_bytes) + OPERATOR_BYTES
     for prompt in prompts(bundle)[:3]:
         assert until_end(bundle, written(files.model, prompt)) == greedy(bundle, variant, prompt)
 
