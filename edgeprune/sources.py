@@ -115,6 +115,11 @@ class Source:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def title(self) -> str:
+        """What files that others may see call it: the name, of a local one without the folder that it lies in."""
+        return self.name if self.kind == "hub" else Path(self.name).name
+
 
 def open_source(name: str, trust_remote_code: bool = False) -> Source:
     """What a model name means; reads configs and headers, no weights.

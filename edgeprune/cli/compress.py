@@ -535,7 +535,7 @@ def _export(
             dense,
             folder / DENSE,
             graph_source=choice.graph_source,
-            name=f"{source.name} (dense)",
+            name=f"{source.title} (dense)",
             origin=origin,
             progress=step,
         )
@@ -544,7 +544,7 @@ def _export(
             folder / CHECKPOINT,
             folder / BUNDLE,
             graph_source=choice.graph_source,
-            name=f"{source.name} (pruned)",
+            name=f"{source.title} (pruned)",
             precisions=choice.precisions,
             rounding=rounding,
             target=choice.target,

@@ -144,7 +144,7 @@ def checkpoint_card(source: Source, plan: PrunePlan, widths: Sequence[LayerWidth
     layers = [Layer(width.heads, width.kv_heads, width.head_dim, width.channels) for width in widths]
     parts = [
         _front_matter(origin, None, ["edgeprune", *_tags_of(summary)], "transformers"),
-        f"# {plain(f'{Path(source.name).name} (pruned)')}",
+        f"# {plain(f'{source.title} (pruned)')}",
         f"A checkpoint in the form of Hugging Face's transformers, made from {plain(plan.model)} by edgeprune "
         f"{edgeprune_runtime.__version__}.",
         *_removed(summary, layers),

@@ -22,7 +22,7 @@ import onnx
 import onnxruntime
 
 from edgeprune_export.external_data import CACHE_LINE_BYTES, alignment_of
-from edgeprune_runtime.bench import run_worker
+from edgeprune_runtime.bench import largest, run_worker
 from edgeprune_runtime.bundle import Bundle
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import GoldenCase, load_golden
@@ -77,15 +77,11 @@ class Load:
     @classmethod
     def of(cls, rounds: Sequence[Round]) -> "Load":
         """From what the processes measured."""
-
-        def most(memory: Iterator[int | None]) -> int | None:
-            return max((each for each in memory if each is not None), default=None)
-
         return cls(
             statistics.median(each.load_ms for each in rounds),
-            most(each.before_rss_bytes for each in rounds),
-            most(each.load_peak_rss_bytes for each in rounds),
-            most(each.load_own_rss_bytes for each in rounds),
+            largest([each.before_rss_bytes for each in rounds]),
+            largest([each.load_peak_rss_bytes for each in rounds]),
+            largest([each.load_own_rss_bytes for each in rounds]),
         )
 
 

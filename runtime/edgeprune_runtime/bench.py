@@ -87,9 +87,9 @@ class Side:
             "tpot_p95_ms": _percentile(steps, 95) if steps else None,
             "prefill_tokens_per_s": self.prompt_tokens / statistics.median(ttft) * 1e3,
             "decode_tokens_per_s": len(steps) / sum(steps) * 1e3 if steps else None,
-            "load_peak_rss_bytes": _largest([round_.load_peak_rss_bytes for round_ in self.rounds]),
-            "load_own_rss_bytes": _largest([round_.load_own_rss_bytes for round_ in self.rounds]),
-            "peak_rss_bytes": _largest([round_.peak_rss_bytes for round_ in self.rounds]),
+            "load_peak_rss_bytes": largest([round_.load_peak_rss_bytes for round_ in self.rounds]),
+            "load_own_rss_bytes": largest([round_.load_own_rss_bytes for round_ in self.rounds]),
+            "peak_rss_bytes": largest([round_.peak_rss_bytes for round_ in self.rounds]),
             "cpu_ms": statistics.median(round_.cpu_ms for round_ in self.rounds),
         }
 
@@ -362,5 +362,6 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else 0.0
 
 
-def _largest(values: Sequence[int | None]) -> int | None:
+def largest(values: Sequence[int | None]) -> int | None:
+    """The largest of what is known; None where nothing is."""
     return max((value for value in values if value is not None), default=None)

@@ -157,6 +157,12 @@ def find_packed(bundle: Bundle, provider: str = PROVIDER) -> PackedCopy | None:
         return PackedCopy(folder, folder, refusal=f"{folder} cannot be read ({error.strerror})")
 
 
+def usable_packed(bundle: Bundle, provider: str = PROVIDER) -> PackedCopy | None:
+    """The packed copy that is run instead of the chosen variant's own graph, if one is."""
+    found = find_packed(bundle, provider)
+    return found if found is not None and found.is_usable else None
+
+
 def write_record(folder: Path, bundle: Bundle, graph: str) -> None:
     """Write and seal the record of a packed copy whose files all lie in `folder`.
 

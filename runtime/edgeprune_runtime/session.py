@@ -13,7 +13,7 @@ import onnxruntime.capi.onnxruntime_pybind11_state as ort_errors
 from edgeprune_runtime.bundle import ORT_SUFFIX, Bundle, Manifest
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.limits import usable_cpus
-from edgeprune_runtime.packed import PackedCopy, find_packed
+from edgeprune_runtime.packed import PackedCopy, usable_packed
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -208,8 +208,7 @@ class Decoder:
         self.manifest = bundle.manifest
         self.provider = provider
         self.threads = threads or usable_cpus()
-        found = find_packed(bundle, provider) if graph is None else None
-        self.packed: PackedCopy | None = found if found is not None and found.is_usable else None
+        self.packed: PackedCopy | None = usable_packed(bundle, provider) if graph is None else None
         graph = graph or (self.packed.graph if self.packed else bundle.graph_path)
         self.session = make_session(graph, provider=provider, threads=self.threads, is_sparse=bundle.is_sparse)
         self._inputs = _check_signature(bundle.manifest, graph, self.session)

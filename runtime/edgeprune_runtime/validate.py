@@ -13,7 +13,7 @@ from edgeprune_runtime.bundle import MANIFEST_FILE, Bundle, check_file
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import GoldenCase, load_golden
 from edgeprune_runtime.machine import this_machine
-from edgeprune_runtime.packed import PackedCopy, find_packed
+from edgeprune_runtime.packed import PackedCopy, usable_packed
 from edgeprune_runtime.report import Report, Table, Verdict
 from edgeprune_runtime.session import Decoder, Ids, Logits, Side
 
@@ -75,8 +75,7 @@ def validate(
         EdgepruneError: if the bundle cannot be opened or run at all.
     """
     checks = []
-    found = find_packed(bundle, provider)
-    packed = found if found is not None and found.is_usable else None
+    packed = usable_packed(bundle, provider)
     for check in _checks(bundle, packed, provider, threads):
         checks.append(check)
         if on_check:

@@ -35,12 +35,13 @@ def test_card_has_the_measured_results_and_the_manifest_its_hash(output: Path) -
     assert "% of all parameters are gone" in card
 
 
-def test_card_names_no_folder_of_this_machine(output: Path, text_file: Path) -> None:
+def test_card_names_no_folder_of_this_machine(output: Path, text_file: Path, model_folder: Path) -> None:
     for file in ("README.md", "edgeprune.json"):
         text = (output / "bundle" / file).read_text("utf-8")
         assert text_file.name in text
         assert str(text_file.parent) not in text
         assert str(output.parent) not in text
+        assert str(model_folder.parent) not in text
 
 
 def test_licence_and_base_model_come_through_a_checkpoint(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
