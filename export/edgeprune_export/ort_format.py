@@ -270,7 +270,7 @@ def _fold_constants(model: onnx.ModelProto, file: Path) -> None:
     graph.node.extend(left)
     graph.initializer.extend(kept)
     graph.initializer.extend(
-        onnx.numpy_helper.from_array(value, name) for name, value in zip(wanted, values, strict=True)
+        onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in zip(wanted, values, strict=True)
     )
 
 
