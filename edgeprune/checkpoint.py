@@ -230,7 +230,7 @@ def save(
     widths: Sequence[LayerWidths],
     out: str | Path,
     force: bool = False,
-    card: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> SavedCheckpoint:
     """Write a model as a checkpoint folder, read it back, compare, and only then give it its name.
 
@@ -241,7 +241,7 @@ def save(
         widths: sizes of each layer (`layer_widths`).
         out: the folder; must not exist, or be a checkpoint folder that `force` allows to replace.
         force: replace an earlier checkpoint, once the new one is complete.
-        card: text of the folder's model card; None writes none.
+        beside: more files of the folder by name, such as its model card.
 
     Raises:
         EdgepruneError: if `out` exists, the disk is full, a weight is not finite, or the copy does not equal the model.
@@ -254,8 +254,8 @@ def save(
     check_space(out, sum(header.size_bytes for header in headers.values()) + SPARE_BYTES)
     with atomic_folder(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND) as part:
         _write_weights(part / SAFETENSORS_FILE, decoder, headers)
-        if card is not None:
-            (part / CARD_FILE).write_text(card, encoding="utf-8")
+        for name, content in (beside or {}).items():
+            (part / name).write_bytes(content)
         return _write(part, out, decoder, tokenizer, plan, widths)
 
 

@@ -57,6 +57,7 @@ from edgeprune.configs import (
     state_head_dim,
     unpacking,
 )
+from edgeprune.licences import TEXT_FILES, licence_texts
 from edgeprune.sentencepiece_model import read_sentencepiece
 from edgeprune.weights import TensorHeader, read_headers, read_json, weight_files
 from edgeprune_runtime.errors import EdgepruneError
@@ -71,7 +72,7 @@ LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
 """Keys of tokenizer_config.json, and what Llama's tokenizer classes take where they are missing."""
 
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md"]
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", *TEXT_FILES]
 PROBE_TIMEOUT_S = 5.0
 GGUF_TYPES = {"gemma3": "gemma3_text"}
 """What GGUF calls otherwise than transformers."""
@@ -248,6 +249,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise EdgepruneError(f"cannot read the tokenizer of {source.name}: {one_line(error)}") from error
+
+
+def load_licences(source: Source) -> dict[str, bytes]:
+    """The licence and notice files of a source by name; none of a GGUF file, beside which those of others may lie.
+
+    Raises:
+        EdgepruneError: if one is a link out of its folder, or larger than such a text is.
+    """
+    if source.kind == "gguf":
+        return {}
+    return licence_texts(_fetch(source) if source.kind == "hub" else source.path)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

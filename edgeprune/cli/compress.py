@@ -371,12 +371,13 @@ def _silenced(options: Options) -> Options:
 
 def _prune(options: Options, ranks: "Ranks") -> None:
     """Open, calibrate, plan, cut, put in zeros, save, export, measure, report."""
-    from edgeprune.checkpoint import save
+    from edgeprune.checkpoint import CARD_FILE, save
     from edgeprune.cli.stages import Clock, Stages
     from edgeprune.cli.verdict import SPARSE_REFIT_TABLE, only_refit, plan_report, short, with_refit, with_zeros
     from edgeprune.groups import layer_widths
+    from edgeprune.licences import licence_file_of
     from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
-    from edgeprune.sources import count_parameters, load_tokenizer, open_source
+    from edgeprune.sources import count_parameters, load_licences, load_tokenizer, open_source
     from edgeprune.sparsify import sparsify
     from edgeprune_export.exporting import check_precisions
     from edgeprune_export.gptq import RoundingData
@@ -406,7 +407,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
 
     with open_journal_of(options, source, settings, sparsity, ranks) as journal:
         with stages.stage("open the model"):
-            tokenizer = load_tokenizer(source)
+            tokenizer, licences = load_tokenizer(source), load_licences(source)
             decoder, dense = open_dense(
                 source, tokenizer, journal, exports=not (options.checkpoint_only or options.dry_run)
             )
@@ -481,10 +482,11 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                         progress=lambda phase, done, total: step("", done / total),
                     )
                 report = with_refit(report, outcomes, SPARSE_REFIT_TABLE)
-            card = checkpoint_card(source, plan, after)
+            card = checkpoint_card(source, plan, after, licence_file=licence_file_of(licences))
+            beside = {CARD_FILE: card.encode(), **licences}
             if options.checkpoint_only:
                 with stages.stage("save and read back"):
-                    saved = save(decoder, tokenizer, plan, after, options.output, force=options.force, card=card)
+                    saved = save(decoder, tokenizer, plan, after, options.output, force=options.force, beside=beside)
                 _check_form(options, saved)
                 report = with_zeros(report, saved.zeros, "the checkpoint")
                 _show(report, as_json=options.as_json, is_last=True, is_measured=False, shown=only_refit(report))
@@ -492,7 +494,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             else:
                 with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
                     with stages.stage("save and read back"):
-                        saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT, card=card)
+                        saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT, beside=beside)
                     _check_form(options, saved)
                     report = with_zeros(report, saved.zeros, "the checkpoint")
                     # the exports load what they need; all of it at once would be too much for a small machine

@@ -97,15 +97,19 @@ def open_dense(
 
 
 def convert(source: "Source", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write a dense model as a checkpoint folder of a stock type, block by block where its blocks can be read so."""
+    """Write a dense model as a checkpoint folder of a stock type, block by block where its blocks can be read so.
+
+    Its licence goes along, its model card does not.
+    """
     from edgeprune.checkpoint import open_decoder, save
     from edgeprune.groups import layer_widths
-    from edgeprune.sources import load, stored_folder
+    from edgeprune.sources import load, load_licences, stored_folder
     from edgeprune.streaming import Decoder
 
+    licences = load_licences(source)
     stored = stored_folder(source)
     decoder = Decoder.of(load(source)) if stored is None else open_decoder(stored)
-    save(decoder, tokenizer, None, layer_widths(decoder.groups, {}), folder)
+    save(decoder, tokenizer, None, layer_widths(decoder.groups, {}), folder, beside=licences)
 
 
 def find_dtype(name: str, journal: "Journal", ranks: "Ranks") -> "torch.dtype":

@@ -19,6 +19,7 @@ import edgeprune_runtime
 from edgeprune.checkpoint import load_pruned, open_decoder
 from edgeprune.configs import LAYOUT_KEY, UNSAFE_CONFIG_KEYS, architecture, load_config, stock_config
 from edgeprune.journal import Journal
+from edgeprune.licences import check_inside, licence_texts
 from edgeprune.plan import PLAN_FILE, PrunePlan
 from edgeprune.shrink import LinearShape, linear_of
 from edgeprune.weights import read_json
@@ -30,7 +31,7 @@ from edgeprune_export.gptq import RoundingData, round_blocks
 from edgeprune_export.graph_check import check_graph
 from edgeprune_export.graph_sources import GRAPH_SOURCES as GRAPH_SOURCES
 from edgeprune_export.graph_sources import graph_source_of
-from edgeprune_export.model_card import LICENCE_FILES, Origin, write_card
+from edgeprune_export.model_card import Origin, write_card
 from edgeprune_export.positions import check_causal, check_rope, context_note, context_tokens
 from edgeprune_export.proving import BY_BLOCKS, needs_blocks, prove
 from edgeprune_export.quantize import BLOCK_SIZES, FLOAT32, Precision, RoundedWeights
@@ -78,7 +79,6 @@ OPTIONAL_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "vocab.json",
-    *LICENCE_FILES,
 )
 
 # Room for the graph, tokenizer and golden data beside the weights.
@@ -138,7 +138,8 @@ def export(
         if not (checkpoint / file).is_file():
             raise EdgepruneError(f"{checkpoint} has no {file}; a bundle needs the tokenizer, save it into this folder")
     for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
-        _check_inside(checkpoint, file)
+        check_inside(checkpoint, file)
+    licences = licence_texts(checkpoint)
     weights = Weights(checkpoint)
     parameters = Parameters(*weights.count_parameters())
     by_blocks = needs_blocks(parameters.all, source, max_memory_bytes)
@@ -186,7 +187,7 @@ def export(
                 *(f"not written: {reason}" for reason in failed),
             ),
         )
-        _write_files(folder, checkpoint, config, manifest)
+        _write_files(folder, checkpoint, config, manifest, licences)
         if target is not None and target.package is not None:
             report("packaging", 0.0)
             manifest = target.package(folder, manifest)
@@ -229,20 +230,6 @@ def check_precisions(precisions: Sequence[Precision], source: GraphSource, confi
                 "the embedding is stored in; expected one of "
                 f"{', '.join(str(size) for size in BLOCK_SIZES if config.hidden_size % size == 0) or 'none'}"
             )
-
-
-def _check_inside(checkpoint: Path, file: str) -> None:
-    """Refuse a link out of the checkpoint: its target would be published with the bundle.
-
-    The hub's cache is an exception: its snapshots are links into the `blobs` of the same repository.
-    """
-    folder = checkpoint.resolve()
-    allowed = [folder]
-    if folder.parent.name == "snapshots":
-        allowed.append(folder.parent.parent / "blobs")
-    target = (checkpoint / file).resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise EdgepruneError(f"{checkpoint / file} links to {target}, outside its folder; put the file itself there")
 
 
 def _write_graph(
@@ -328,7 +315,11 @@ def _one(value: object, vocab_size: int) -> int | None:
     return found[0] if found else None
 
 
-def _write_files(folder: Path, checkpoint: Path, config: PreTrainedConfig, manifest: Manifest) -> None:
+def _write_files(
+    folder: Path, checkpoint: Path, config: PreTrainedConfig, manifest: Manifest, licences: Mapping[str, bytes]
+) -> None:
+    for name, text in licences.items():
+        (folder / name).write_bytes(text)
     for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
         if (checkpoint / file).is_file():
             shutil.copyfile(checkpoint / file, folder / file)

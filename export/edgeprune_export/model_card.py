@@ -15,6 +15,7 @@ from pathlib import Path
 import edgeprune_runtime
 from edgeprune.checkpoint import CARD_FILE as CARD_FILE
 from edgeprune.groups import LayerWidths
+from edgeprune.licences import licence_file_of
 from edgeprune.plan import PrunePlan
 from edgeprune.sources import HUB_ID, NAMED, Source
 from edgeprune_export.snippets import SNIPPETS, optimum_obstacle, snippets
@@ -40,7 +41,6 @@ model = AutoModelForCausalLM.from_pretrained("CHECKPOINT", trust_remote_code=Tru
 tokenizer = AutoTokenizer.from_pretrained("CHECKPOINT")
 """
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 LICENCE_ID = re.compile(r"[\w.-]+")
 FRONT_MATTER_LINE = re.compile(
     r"^(license|license_name|license_link|base_model):[ \t]*(['\"]?)(\S+)\2[ \t]*$", re.MULTILINE
@@ -90,8 +90,7 @@ def write_card(folder: Path, manifest: Manifest, origin: Origin) -> Manifest:
 
     `manifest` must list every other file of the folder already.
     """
-    stated = next((name for name in LICENCE_FILES if (folder / name).is_file()), None)
-    text = model_card(manifest, origin, has_chat=_has_chat(folder), licence_file=stated)
+    text = model_card(manifest, origin, has_chat=_has_chat(folder), licence_file=licence_file_of(manifest.files))
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
     files = {**manifest.files, CARD_FILE: FileRecord.of(folder / CARD_FILE)}
     sealed = replace(manifest, files=dict(sorted(files.items())))
@@ -135,7 +134,9 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def checkpoint_card(source: Source, plan: PrunePlan, widths: Sequence[LayerWidths]) -> str:
+def checkpoint_card(
+    source: Source, plan: PrunePlan, widths: Sequence[LayerWidths], *, licence_file: str | None = None
+) -> str:
     """The text of a pruned checkpoint's `README.md`, of the widths that its layers now have.
 
     A bundle that is made from the checkpoint later says of its origin what this says.
@@ -143,7 +144,7 @@ def checkpoint_card(source: Source, plan: PrunePlan, widths: Sequence[LayerWidth
     summary, origin = plan.summary(), Origin.of_source(source)
     layers = [Layer(width.heads, width.kv_heads, width.head_dim, width.channels) for width in widths]
     parts = [
-        _front_matter(origin, None, ["edgeprune", *_tags_of(summary)], "transformers"),
+        _front_matter(origin, licence_file, ["edgeprune", *_tags_of(summary)], "transformers"),
         f"# {plain(f'{source.title} (pruned)')}",
         f"A checkpoint in the form of Hugging Face's transformers, made from {plain(plan.model)} by edgeprune "
         f"{edgeprune_runtime.__version__}.",
@@ -153,7 +154,7 @@ def checkpoint_card(source: Source, plan: PrunePlan, widths: Sequence[LayerWidth
         f"`CHECKPOINT` stands for the path of this folder.\n\n```python\n{CHECKPOINT_CODE}```",
         "`trust_remote_code` runs `modeling_edgeprune.py` of this folder, where the layers differ in their widths; "
         "`edgeprune.load_pruned` runs none of its code. For devices: `edgeprune export CHECKPOINT`.",
-        *_licence(origin, None),
+        *_licence(origin, licence_file),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -378,9 +379,9 @@ def _licence(origin: Origin, licence_file: str | None) -> Iterator[str]:
     if origin.licence is not None:
         name = f" ({plain(origin.licence_name)})" if origin.licence_name else ""
         yield f"{plain(origin.licence)}{name}, as the original model states it."
-    elif licence_file is not None:
+    if licence_file is not None:
         yield f"See [{licence_file}]({licence_file}), which came with the model."
-    else:
+    elif origin.licence is None:
         yield "Not stated: that of the base model holds."
 
 

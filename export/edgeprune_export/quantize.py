@@ -191,11 +191,10 @@ def parse_precisions(
     given = {"block_size": block_size, "is_symmetric": is_symmetric, "accuracy_level": accuracy_level}
     details: dict[str, Any] = {detail: value for detail, value in given.items() if value is not None}
     if details and not any(PRECISIONS[name].has_blocks for name in names):
-        options = ", ".join(_option(detail, value) for detail, value in details.items())
         takers = " or ".join(name for name, precision in PRECISIONS.items() if precision.has_blocks)
         raise EdgepruneError(
-            f"{options} would change nothing of {', '.join(names)}, which has no blocks of a size to choose; "
-            f"leave it out, or name {takers} in --precision"
+            f"{as_options(details)} would change nothing of {', '.join(names)}, which has no blocks of a size to "
+            f"choose; leave it out, or name {takers} in --precision"
         )
     found = tuple(
         replace(PRECISIONS[name], **details) if PRECISIONS[name].has_blocks else PRECISIONS[name] for name in names
@@ -205,11 +204,15 @@ def parse_precisions(
     return found
 
 
-def _option(detail: str, value: bool | int) -> str:
-    """A detail as it was given on the command line."""
-    if detail == "is_symmetric":
-        return "--symmetric" if value else "--asymmetric"
-    return f"--{detail.replace('_', '-')} {value}"
+def as_options(details: Mapping[str, bool | int | None]) -> str:
+    """Details of precisions as they were given on the command line; those that are None were not."""
+    options = []
+    for detail, value in details.items():
+        if detail == "is_symmetric" and value is not None:
+            options.append("--symmetric" if value else "--asymmetric")
+        elif value is not None:
+            options.append(f"--{detail.replace('_', '-')} {value}")
+    return ", ".join(options)
 
 
 def with_gates(

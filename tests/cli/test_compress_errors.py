@@ -58,6 +58,12 @@ SMALL = (
 )
 
 
+def test_licence_that_is_a_link_out_of_the_models_folder(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").symlink_to(text_file)
+    refused("outside its folder; put the file itself there", tmp_path / "out", tmp_path / "model", "-c", text_file)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,6 +44,32 @@ def test_card_names_no_folder_of_this_machine(output: Path, text_file: Path, mod
         assert str(model_folder.parent) not in text
 
 
+@pytest.mark.parametrize("steps", ["compress", "compress, then export"])
+def test_texts_of_licence_and_notice_travel_with_the_weights(
+    steps: str, model_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    texts = {"LICENSE.txt": b"Do what you like \xa9", "NOTICE": b"By somebody"}
+    for name, text in texts.items():
+        (tmp_path / "model" / name).write_bytes(text)
+    options = (*SMALL, "--eval-text", text_file, "-o", tmp_path / "out")
+    if steps == "compress":
+        done = invoke("compress", tmp_path / "model", "-c", text_file, *options, "--keep-dense")
+        folders = [tmp_path / "out" / name for name in ("checkpoint", "bundle", "dense")]
+    else:
+        done = invoke("compress", tmp_path / "model", "-c", text_file, *options, "--checkpoint-only")
+        assert done.code == 0, done.err
+        done = invoke("export", tmp_path / "out", "-o", tmp_path / "bundle")
+        folders = [tmp_path / "out", tmp_path / "bundle"]
+    assert done.code == 0, done.err
+    for folder in folders:
+        assert {name: (folder / name).read_bytes() for name in texts} == texts
+        card = (folder / "README.md").read_text("utf-8")
+        assert 'license: "other"\nlicense_link: "LICENSE.txt"\n' in card
+        assert "See [LICENSE.txt](LICENSE.txt), which came with the model." in card
+    assert texts.keys() <= open_bundle(folders[1], verify=True).manifest.files.keys()
+
+
 def test_licence_and_base_model_come_through_a_checkpoint(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Of `compress --checkpoint-only` and then `export`, which is not told the original model."""
     shutil.copytree(model_folder, tmp_path / "model")

@@ -52,6 +52,17 @@ def test_file_is_what_is_validated_and_measured(bundle: Path) -> None:
     assert side["size_bytes"] == file.stat().st_size
 
 
+@pytest.mark.parametrize(("name", "variant"), [("model_quantized", "int8"), ("model", "fp32")])
+def test_file_has_the_perplexity_of_its_variant(name: str, variant: str, bundle: Path, text_file: Path) -> None:
+    options = ("--text", text_file, "--window", 64, "--max-windows", 8, "--threads", 1, "--json", "--quiet")
+    file = bundle / "ort" / f"{name}.ort"
+    found = last_json(invoke("eval", file, *options))["data"]["eval"]
+    expected = last_json(invoke("eval", bundle, "--variant", variant, *options))["data"]["eval"]
+    assert (found["bundle"], found["scored_tokens"]) == (str(file), expected["scored_tokens"])
+    assert found["window_nll"] == pytest.approx(expected["window_nll"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+
+
 def test_another_provider_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of such a file ONNX Runtime does not say whether the provider takes any node of it."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])

@@ -189,8 +189,10 @@ def test_compress_makes_a_pruned_llama_of_it(tmp_path: Path, config: dict[str, A
 def test_export_converts_it_first(tmp_path: Path, form: str) -> None:
     config = GENERATIONS["baichuan2"]
     folder = baichuan.save(tmp_path / "model", config, baichuan.tensors(config), form)
+    (folder / "LICENSE").write_text("Do what you like.")
     outcome = invoke("export", folder, "-o", tmp_path / "bundle", "-q")
     assert outcome.code == 0, outcome.err
+    assert (tmp_path / "bundle" / "LICENSE").read_text() == "Do what you like."
     assert {path.name for path in tmp_path.iterdir()} == {"model", "bundle"}
     manifest = json.loads((tmp_path / "bundle/edgeprune.json").read_text())
     assert (manifest["model"]["name"], manifest["model"]["model_type"]) == ("model", "llama")

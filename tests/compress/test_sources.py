@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from edgeprune import sources
 from edgeprune.configs import known_types
-from edgeprune.sources import count_parameters, load, load_tokenizer, open_source
+from edgeprune.sources import Source, count_parameters, load, load_licences, load_tokenizer, open_source
 from edgeprune_runtime.errors import EdgepruneError
 
 
@@ -143,6 +143,15 @@ def test_smollm2_without_its_package_comes_from_the_hub(folder: Path, monkeypatc
     assert "HuggingFaceTB/SmolLM2-135M-Instruct from the Hugging Face hub" in source.description
     assert count_parameters(load(source)) == count_parameters(toys.toy("llama"))
     assert [options["allow_patterns"][-1] for options in asked] == ["model*.safetensors"]
+    assert {"LICENSE", "NOTICE"} <= set(asked[0]["allow_patterns"])
+    (folder / "LICENSE").write_text("Do what you like.")
+    assert load_licences(source) == {"LICENSE": b"Do what you like."}
+
+
+def test_licence_beside_a_gguf_file_is_that_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("Do what you like.")
+    source = Source("model.gguf", "gguf", tmp_path / "model.gguf", "a file", "llama")
+    assert load_licences(source) == {}
 
 
 def test_folder_without_config(tmp_path: Path) -> None:

@@ -153,15 +153,26 @@ def test_link_out_of_the_checkpoint_is_refused(checkpoint: Path, tmp_path: Path)
     assert names_beside(tmp_path / "out") == {"secret", "toy"}
 
 
+def test_licence_of_any_size_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "toy")
+    with (tmp_path / "toy" / "LICENSE").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(EdgepruneError, match=r"LICENSE has 1073741824 bytes, at most .* expected of a licence"):
+        export(tmp_path / "toy", tmp_path / "out")
+    assert names_beside(tmp_path / "out") == {"toy"}
+
+
 def test_links_of_the_hub_cache_are_followed(checkpoint: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models--owner--toy"
     snapshot = repository / "snapshots" / "0123abcd"
     shutil.copytree(checkpoint, repository / "blobs")
+    (repository / "blobs" / "LICENSE").write_text("Do what you like.")
     snapshot.mkdir(parents=True)
     for file in (repository / "blobs").iterdir():
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
     export(snapshot, tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do what you like."
 
 
 def test_command_writes_a_bundle_and_says_what_to_do_next(checkpoint: Path, tmp_path: Path) -> None:

@@ -202,6 +202,13 @@ def test_card_of_a_checkpoint_says_what_was_cut_and_hands_its_origin_on(tmp_path
     assert str(tmp_path) not in card
 
 
+def test_card_names_the_file_of_a_licence_that_is_stated_as_well(manifest: Manifest) -> None:
+    card = model_card(manifest, Origin(licence="mit"), licence_file="LICENSE")
+    assert front_matter(card)["license"] == "mit"
+    assert "mit, as the original model states it.\n\nSee [LICENSE](LICENSE), which came with the model." in card
+    assert "Not stated" not in card
+
+
 def test_card_of_a_checkpoint_takes_no_markup_from_strangers() -> None:
     source = Source(HOSTILE, "hub", Path(HOSTILE), HOSTILE, "llama", licence=HOSTILE)
     card = checkpoint_card(source, replace(PLAN, model=HOSTILE, method=HOSTILE), (LayerWidths(4, 2, 16, 96),))

@@ -64,16 +64,26 @@ def test_copy_computes_the_same_and_leaves_the_bundle_as_it_was(folder: Path) ->
     assert "2 of the packed copy" in result.checks[0].detail
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
-def test_packed_blocks_of_odd_widths_begin_where_kernels_read_them(name: str, tmp_path: Path) -> None:
-    pruned(tmp_path / "checkpoint", "llama")
-    precision = replace(PRECISIONS[name], block_size=16, max_perplexity_ratio=1e9, min_argmax_agreement=0.0)
+@pytest.mark.parametrize(
+    ("toy", "name"),
+    [
+        ("llama", "int8"),
+        ("llama", "int4"),
+        ("llama", "int8-dynamic"),
+        pytest.param("gpt2", "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_packed_weights_of_odd_widths_begin_where_kernels_read_them(toy: str, name: str, tmp_path: Path) -> None:
+    """In graphs of both sources: that of gpt2 is traced."""
+    pruned(tmp_path / "checkpoint", toy, hidden_size=96, num_hidden_layers=1)
+    precision = replace(PRECISIONS[name], max_perplexity_ratio=1e9, min_argmax_agreement=0.0)
     export(tmp_path / "checkpoint", tmp_path / "bundle", precisions=[precision])
     bundle = open_bundle(tmp_path / "bundle")
     offsets = packed_offsets(pack(bundle).graph)
     assert offsets
     assert not any(offset % 64 for offset in offsets)
-    assert validate(bundle, threads=1).passed
+    result = validate(bundle, threads=1)
+    assert (result.passed, result.is_packed) == (True, True)
 
 
 def test_every_weight_is_moved_with_its_bytes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -220,6 +221,20 @@ def test_a_model_without_the_decoder_graph_gets_what_there_is_and_a_note(name: s
         ("coreml", "gpt2", {}, "needs the decoder graph, which does not know 'gpt2'"),
         ("cpu", "gpt2", {"precision": "int8"}, "gpt2 gets the traced graph, which is written in fp32 alone"),
         ("cpu", "llama", {"graph_source": "traced", "precision": "int8"}, "gets the traced graph"),
+        (
+            "cpu",
+            "gpt2",
+            {"block_size": 64, "is_symmetric": False},
+            "gpt2 gets the traced graph, which is written in fp32 alone, and --block-size 64, --asymmetric would",
+        ),
+        (
+            "cpu",
+            "llama",
+            {"graph_source": "plain", "accuracy_level": 0},
+            "gets the plain graph, .*--accuracy-level 0 would change nothing of that; leave it out",
+        ),
+        ("webgpu", "gpt2", {"precision": "int4", "block_size": 16}, "--precision names int4; leave it out"),
+        ("wasm", "gpt2", {"block_size": 64}, "--block-size 64 would change nothing of int8-dynamic"),
         ("tensorrt", "llama", {"graph_source": "magic"}, "unknown graph source 'magic'"),
         ("cpu", "llama", {"precision": "int5"}, "unknown precision 'int5'"),
         ("cpu", "llama", {"block_size": 24}, "--block-size is 24"),
@@ -232,7 +247,7 @@ def test_a_model_without_the_decoder_graph_gets_what_there_is_and_a_note(name: s
     ],
 )
 def test_contradictions_are_refused_in_one_line(
-    target: str, model_type: str, given: dict[str, str], message: str
+    target: str, model_type: str, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(EdgepruneError, match=message):
         choose(target, model_type, **given)

@@ -1,15 +1,18 @@
 """A bundle whose graph is traced, from a model with ALiBi: what a device must get right without rotary positions."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from exported import SAMPLE, genai_continuation, pruned
+from packing import packed_offsets
 
 from edgeprune.checkpoint import load_pruned
 from edgeprune_export.exporting import export
 from edgeprune_export.graph_check import attention_nodes
+from edgeprune_export.packing import pack
 from edgeprune_export.parity import check_parity
 from edgeprune_export.positions import DEFAULT_CONTEXT_TOKENS
 from edgeprune_export.reference import continue_greedily
@@ -45,6 +48,16 @@ def test_bundle_validates_and_has_one_attention_operator_per_layer(bundle: Path)
     assert len(set(opened.manifest.layers)) == LAYERS
     assert len(attention_nodes(ir.load(opened.graph_path).graph)) == LAYERS
     validate(opened, threads=1).ensure_passed()
+
+
+def test_packed_copy_computes_what_the_bundle_does(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "key"))
+    opened = open_bundle(shutil.copytree(bundle, tmp_path / "bundle"))
+    assert packed_offsets(pack(opened).graph)
+    result = validate(opened, threads=1)
+    assert (result.passed, result.is_packed) == (True, True)
 
 
 def test_runtime_and_onnxruntime_genai_continue_as_torch_does(checkpoint: Path, bundle: Path) -> None:

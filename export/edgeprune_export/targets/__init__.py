@@ -27,7 +27,7 @@ from typing import Any
 from edgeprune import plugins
 from edgeprune.configs import architecture
 from edgeprune_export.graph_sources import graph_source_of
-from edgeprune_export.quantize import FLOAT32, PRECISIONS, Precision, parse_precisions
+from edgeprune_export.quantize import FLOAT32, PRECISIONS, Precision, as_options, parse_precisions
 from edgeprune_runtime.bundle import GraphSource, Manifest
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -164,11 +164,14 @@ def choose(
     rounded = [each.name for each in precisions if each.is_rounded]
     if source == "decoder" or not rounded:
         return Choice(chosen, source, precisions)
+    asked = f"{options} would change nothing of that" if (options := as_options(given)) else ""
     if precision is not None:
+        asked = f"--precision names {', '.join(rounded)}"
+    if asked:
         why = f"--target {chosen.name} needs" if chosen.graph_source == source else f"{model_type} gets"
         raise EdgepruneError(
-            f"{why} the {source} graph, which is written in {FLOAT32.name} alone, and --precision names "
-            f"{', '.join(rounded)}; leave it out, or take another --target"
+            f"{why} the {source} graph, which is written in {FLOAT32.name} alone, and {asked}; leave it out, or take "
+            "another --target"
         )
     note = (
         f"{', '.join(rounded)} of the target {chosen.name} is made by the decoder graph alone, and this is the "
