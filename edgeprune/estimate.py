@@ -22,9 +22,13 @@ matrix products for each of its own."""
 SOLVES = 5
 """Systems that a refit solves for each Linear: one for each ridge on trial, and the last on all tokens."""
 
-PATHS, PRODUCTS = 3, 2
-"""A reconstruction runs each block on two paths and looks at what came out; and an epoch takes so many times a forward
-pass: three products for each one of the MLP, which is narrower by then and not all of the block."""
+PATHS, PRODUCTS = 2, 2
+"""A reconstruction runs each block on two paths; and an epoch takes so many times a forward pass: three products for
+each one of the MLP, which is narrower by then and not all of the block."""
+
+LOGITS = 7
+"""The last block takes the logits of the dense model, and of the fitted one with their gradients; what is no product
+takes longer than these, over a whole vocabulary."""
 
 DOUBLE = 4
 """Float64 takes so many times as long per operation as the walk's own dtype."""
@@ -41,11 +45,13 @@ class Pace:
     Attributes:
         forward: per token, through all blocks, Gram matrices included.
         backward: per token, the loss and the gradients of all blocks.
+        logits: per token, from what leaves the last block.
         solve: of one refit of all Linears that read units.
     """
 
     forward: float
     backward: float
+    logits: float
     solve: float
 
     @classmethod
@@ -73,6 +79,7 @@ class Pace:
             backward=BACKWARD * plain
             if gradient_seconds is None
             else gradient_seconds / (graded * sizes.length_tokens),
+            logits=sizes.hidden_size * sizes.vocabulary * seconds_per_product,
             solve=DOUBLE * sizes.layers * systems * seconds_per_product,
         )
 
@@ -86,7 +93,7 @@ def estimate_seconds(preset: Preset, pace: Pace) -> float:
     mode, passes = parse_refit(preset.refit)
     if mode == "reconstruct":
         tokens = preset.calibration_sequences * preset.calibration_tokens
-        seconds += (PATHS + PRODUCTS * passes) * pace.forward * tokens
+        seconds += ((PATHS + PRODUCTS * passes) * pace.forward + LOGITS * pace.logits) * tokens
     return seconds + _search_seconds(preset, pace)
 
 

@@ -227,6 +227,11 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         activations = FLOAT32_BYTES * STEP_TOKENS * (sizes.hidden_size + max(sizes.inner))
         fit_step = fitted + shuffled + FITTED_STEP * activations
         found["the reconstruction of a block"] = always + weights + max(fit_step, weights + step)
+        head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
+        logits = min(LOGIT_BYTES, LOGIT_COPIES * FLOAT32_BYTES * STEP_TOKENS * sizes.vocabulary)
+        dense = SHUFFLED_COPIES * FLOAT32_BYTES * (2 * tokens // 3) * sizes.hidden_size
+        last = max(fit_step - shuffled // 3 + dense + logits, weights + step)
+        found["the reconstruction of the last block"] = always + weights + head + last
     if work.graded:
         needs = work.method.needs
         # weights; gradients of a step and their sum, where the method reads them; the sum of their squares

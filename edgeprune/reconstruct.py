@@ -12,7 +12,8 @@ the inputs that the block has in the pruned model, so that each block also makes
 by Adam on shuffled tokens, from where the closed-form refit has left the weights. No gradient passes from one block to
 another and no more than one block is in memory, so this works for a model of any size. The sequences kept aside judge:
 where they are not hit better than before, the block keeps its closed-form refit. Blocks behind the first cut that stay
-whole are fitted like the others, since what is lost before them is theirs to mend as well.
+whole are fitted like the others, since what is lost before them is theirs to mend as well. The last block is fitted to
+what the dense model says in the end, not to what leaves its block (`edgeprune.aims`).
 
 A calibration text names a part of the vocabulary, and what the other tokens need of the MLPs is lost unnoticed. The
 dense model is a teacher whatever it reads, so in every other sequence some tokens are exchanged for any (`altered`).
@@ -33,6 +34,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from edgeprune.aims import Aim, Divergence, SquaredError
 from edgeprune.configs import architecture
 from edgeprune.groups import Group, blocks_name
 from edgeprune.journal import Journal, Rows
@@ -45,8 +47,8 @@ STEP_TOKENS = 1024
 """Tokens of one step of Adam."""
 
 SHUFFLED_TOKENS = 16384
-"""Tokens of random sequences that are in memory at once, shuffled among each other: steps of whole sequences are too
-much alike, and end at a worse fit."""
+"""Tokens of random sequences that are in memory at once with their targets, shuffled among each other (of the last
+block, which reads one thing more, two thirds): steps of whole sequences are too much alike, and end at a worse fit."""
 
 LEARNING_RATE = 0.005
 """Largest step of a weight, as a share of the root mean square of its matrix. Twice as much in two passes ended alike
@@ -61,6 +63,10 @@ WARM_UP = 0.1
 
 ALTERED_TOKENS = 0.15
 """Share of the tokens of an altered sequence that are exchanged for random ones, the share that BERT masks."""
+
+LAST_PASSES = 1
+"""Passes of the last block, each of which asks the head. With three in place of one, on 60 sequences of C4, the
+divergence on others of C4 fell from 0.438 to 0.435 nats and the perplexity on WikiText-2 rose by 0.4 %."""
 
 SEED = 0
 
@@ -90,7 +96,7 @@ class Paths:
             ids: calibration tokens `(N, T)` int64.
             dtype: of the matrix products.
             journal: keeps the hidden states.
-            passes: how often a fit sees every token.
+            passes: how often a fit sees every token; that of the last block, `LAST_PASSES`.
             step_tokens: tokens that go through a block at once.
             name: sets its rows apart from those of others in the journal.
             keeps_zeros: weights that are zero stay zero in a fit.
@@ -165,19 +171,23 @@ class Paths:
         names = mlp_names(self._decoder.config, groups)
         mlp = nn.Sequential(*(block.get_submodule(name) for name in names))
         read, target = self._rows("read", layer, self._pass.dtype), self._rows("target", layer)
-        before = self._find_targets(layer, block, mlp, self._source(layer, is_first), read, target)
-        fitted = copy.deepcopy(mlp).float()
-        energy = before.energy / self._ids.numel()
-        batches = self._batches(read, target)
-        with _zeros_kept(fitted) if self._keeps_zeros else nullcontext():
-            _fit(fitted, batches, self._steps_in_all, energy, self._pass.products)
-        fitted.to(next(mlp.parameters()).dtype)  # the path goes on with what will be stored
-        after = self._go_on(fitted, layer, read, target)
-        is_accepted = after.of_aside < before.of_aside
-        if is_accepted:
-            mlp.load_state_dict(fitted.state_dict())
-        else:
-            self._go_on(mlp, layer, read, target)
+        is_last = layer == self._decoder.layers - 1
+        aim: Aim = Divergence(self._pass) if is_last else SquaredError(STEP_TOKENS)
+        with self._decoder.outside(self._pass.weights_dtype) if is_last else nullcontext():
+            before = self._find_targets(layer, block, mlp, self._source(layer, is_first), read, target, aim)
+            fitted = copy.deepcopy(mlp).float()
+            wanted = (target, self._rows("dense", layer + 1)) if aim.reads_dense else (target,)
+            with _zeros_kept(fitted) if self._keeps_zeros else nullcontext():
+                passes = LAST_PASSES if is_last else self._passes
+                batches, steps = self._batches(passes, read, *wanted), self._steps_of(passes, 1 + len(wanted))
+                _fit(fitted, batches, steps, aim, before.scale, self._pass.products)
+            fitted.to(next(mlp.parameters()).dtype)  # the path goes on with what will be stored
+            after = self._go_on(fitted, layer, read, target, aim)
+            is_accepted = after.of_aside < before.of_aside
+            if is_accepted:
+                mlp.load_state_dict(fitted.state_dict())
+            else:
+                self._go_on(mlp, layer, read, target, aim)
         self._forget("read", "target", layer=layer)
         outcome = Outcome(
             damping=None,
@@ -195,7 +205,7 @@ class Paths:
         self._forget("dense", "pruned", layer=layer)
 
     def _find_targets(
-        self, layer: int, block: nn.Module, mlp: nn.Sequential, source: Rows, read: Rows, target: Rows
+        self, layer: int, block: nn.Module, mlp: nn.Sequential, source: Rows, read: Rows, target: Rows, aim: Aim
     ) -> "_Missed":
         """What the MLP of a cut block reads on the pruned path, what it should give, and what it misses of that."""
         weights = self._pass.weights_dtype
@@ -212,55 +222,54 @@ class Paths:
             seen["y"] = output
 
         hooks = [mlp[0].register_forward_pre_hook(note_input), mlp[-1].register_forward_hook(note_output)]
-        dense, missed = self._rows("dense", layer + 1), _Missed(self._fitting)
+        dense, missed = self._rows("dense", layer + 1), _Missed(aim, self._fitting)
         try:
             with torch.no_grad():
                 for rows in self._steps:
                     output = self._pass.run(layer, block, source[rows])
                     shape = output.shape
                     read[rows] = seen["x"].reshape(shape)
-                    short = dense[rows] - output
-                    wanted = short + seen["y"].float().reshape(shape)
-                    target[rows] = wanted
-                    missed.add(rows, short, wanted)
+                    given = seen["y"].float().reshape(shape)
+                    target[rows] = dense[rows] - output + given
+                    missed.add(rows, given, target[rows], dense[rows])
         finally:
             for hook in hooks:
                 hook.remove()
         return missed
 
-    def _go_on(self, mlp: nn.Module, layer: int, read: Rows, target: Rows) -> "_Missed":
+    def _go_on(self, mlp: nn.Module, layer: int, read: Rows, target: Rows, aim: Aim) -> "_Missed":
         """The pruned path behind the block: what the dense path has there, short of what this MLP misses."""
         dense, output = self._rows("dense", layer + 1), self._rows("pruned", layer + 1)
-        final, missed = copy.deepcopy(mlp).to(self._pass.weights_dtype), _Missed(self._fitting)
+        final, missed = copy.deepcopy(mlp).to(self._pass.weights_dtype), _Missed(aim, self._fitting)
         with torch.no_grad():
             for rows in self._steps:
                 with self._pass.products():
-                    given = final(read[rows].to(next(final.parameters()).dtype))
-                wanted = target[rows]
-                short = wanted - given.float()
-                output[rows] = dense[rows] - short
-                missed.add(rows, short, wanted)
+                    given = final(read[rows].to(next(final.parameters()).dtype)).float()
+                output[rows] = dense[rows] - target[rows] + given
+                missed.add(rows, given, target[rows], dense[rows])
         output.flush()
         return missed
 
-    def _batches(self, read: Rows, target: Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Shuffled tokens `(S, D)` of the sequences that are fitted, and their targets, for all passes."""
+    def _batches(self, passes: int, *parts: Rows) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Shuffled tokens `(S, D)` of the sequences that are fitted, the same ones of each part, in so many passes."""
+        at_once = self._shuffled(len(parts))
         generator = torch.Generator().manual_seed(SEED)
-        at_once = max(1, SHUFFLED_TOKENS // self._ids.shape[1])
-        for _ in range(self._passes):
+        for _ in range(passes):
             sequences = torch.randperm(self._fitting, generator=generator).tolist()
             for begin in range(0, len(sequences), at_once):
                 rows = [slice(number, number + 1) for number in sequences[begin : begin + at_once]]
-                x, wanted = (torch.cat([part[row] for row in rows]).flatten(0, 1) for part in (read, target))
-                for tokens in torch.randperm(len(x), generator=generator).split(STEP_TOKENS):
-                    yield x[tokens], wanted[tokens]
+                shuffled = [torch.cat([part[row] for row in rows]).flatten(0, 1) for part in parts]
+                for tokens in torch.randperm(len(shuffled[0]), generator=generator).split(STEP_TOKENS):
+                    yield tuple(part[tokens] for part in shuffled)
 
-    @property
-    def _steps_in_all(self) -> int:
-        at_once = max(1, SHUFFLED_TOKENS // self._ids.shape[1])
-        whole, rest = divmod(self._fitting, at_once)
+    def _steps_of(self, passes: int, parts: int) -> int:
+        whole, rest = divmod(self._fitting, at_once := self._shuffled(parts))
         steps = [-(-count * self._ids.shape[1] // STEP_TOKENS) for count in (at_once, rest)]
-        return self._passes * (whole * steps[0] + steps[1])
+        return passes * (whole * steps[0] + steps[1])
+
+    def _shuffled(self, parts: int) -> int:
+        """Sequences that are shuffled among each other, of so many parts."""
+        return max(1, 2 * SHUFFLED_TOKENS // parts // self._ids.shape[1])
 
     def _run(self, layer: int, block: nn.Module, source: Rows, output: Rows) -> None:
         with torch.no_grad():
@@ -283,37 +292,43 @@ class Paths:
 
 
 class _Missed:
-    """Share of its targets' energy that an MLP misses: of all tokens, and of those kept aside."""
+    """Share of its aim that an MLP misses: of all tokens where that costs little, and of those kept aside."""
 
-    def __init__(self, fitting: int) -> None:
+    def __init__(self, aim: Aim, fitting: int) -> None:
         """The sequences from number `fitting` on are kept aside."""
+        self._aim = aim
         self._fitting = fitting
         self._sums = torch.zeros(2, 2, dtype=torch.float64)
+        self._tokens = 0
 
-    def add(self, rows: slice, short: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Count sequences `(S, T, D)`: what is missing to the targets, and these."""
-        of_rows = torch.stack([part.square().sum((1, 2)) for part in (short, wanted)]).double()
-        self._sums[0] += of_rows.sum(1)
-        self._sums[1] += of_rows[:, max(0, self._fitting - rows.start) :].sum(1)
+    def add(self, rows: slice, given: torch.Tensor, target: torch.Tensor, dense: torch.Tensor) -> None:
+        """Count sequences `(S, T, D)`: what the MLP gives, what it should give, and what leaves the dense block."""
+        aside = max(0, self._fitting - rows.start)
+        for is_aside, of_rows in enumerate((slice(aside), slice(aside, None))):
+            if self._aim.reads_dense and not is_aside:
+                continue
+            for part in _together(self._aim, *(x[of_rows].flatten(0, 1) for x in (given, target, dense))):
+                self._sums[is_aside] += self._aim.lost(*part).double().sum(1)
+                self._tokens += len(part[0])
 
     @property
-    def energy(self) -> float:
-        """Sum over all tokens of the squared norm of the target."""
-        return float(self._sums[0, 1])
+    def scale(self) -> float:
+        """Mean over the tokens of what a loss is a share of."""
+        return float(self._sums[:, 1].sum() / self._tokens)
 
     @property
     def of_all(self) -> float:
-        """Share of all tokens."""
-        return self._share(0)
+        """Share of all tokens that were counted."""
+        return self._share(self._sums.sum(0))
 
     @property
     def of_aside(self) -> float:
         """Share of those kept aside."""
-        return self._share(1)
+        return self._share(self._sums[1])
 
-    def _share(self, which: int) -> float:
-        missed, energy = self._sums[which].tolist()
-        return float(missed / max(energy, torch.finfo(torch.float64).tiny))
+    def _share(self, sums: torch.Tensor) -> float:
+        missed, scale = sums.tolist()
+        return float(missed / max(scale, torch.finfo(torch.float64).tiny))
 
 
 def altered(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -357,6 +372,12 @@ def rate_share(step: int, *, steps: int) -> float:
     return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def _together(aim: Aim, *parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tokens `(S, D)` of each part, as many as an aim compares together."""
+    for begin in range(0, len(parts[0]), aim.at_once):
+        yield tuple(part[begin : begin + aim.at_once] for part in parts)
+
+
 @contextmanager
 def _zeros_kept(mlp: nn.Module) -> Iterator[None]:
     """Inside, weights that are zero get no gradient, so that Adam, without decay, leaves them at exactly zero."""
@@ -372,25 +393,28 @@ def _zeros_kept(mlp: nn.Module) -> Iterator[None]:
 
 def _fit(
     mlp: nn.Module,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterator[tuple[torch.Tensor, ...]],
     steps: int,
-    energy: float,
+    aim: Aim,
+    scale: float,
     products: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Fit the matrices and biases of an MLP to its targets of this mean energy, in place."""
+    """Fit the matrices and biases of an MLP to its aim, whose losses are shares of this scale, in place."""
     mlp.requires_grad_(True)
-    rates = [LEARNING_RATE * float(p.detach().square().mean().sqrt()) for p in mlp.parameters()]
+    parameters = list(mlp.parameters())
+    rates = [LEARNING_RATE * float(p.detach().square().mean().sqrt()) for p in parameters]
     optimizer = torch.optim.Adam(
-        [{"params": [p], "lr": rate} for p, rate in zip(mlp.parameters(), rates, strict=True)], betas=BETAS
+        [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)], betas=BETAS
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_share, steps=steps))
-    for x, wanted in batches:
-        with products():
-            given = mlp(x.float())
-        # Adam does not see the scale of a loss, but for its epsilon
-        loss = (given.float() - wanted).square().sum(1).mean() / energy
+    for tokens in batches:
         optimizer.zero_grad()
-        loss.backward()
+        for x, *wanted in _together(aim, *tokens):
+            with products():
+                given = mlp(x.float())
+            # Adam does not see the scale of a loss, but for its epsilon
+            loss = aim.lost(given.float(), *wanted)[0].sum() / (len(tokens[0]) * scale)
+            loss.backward(inputs=parameters)  # the head's weights get no gradient
         optimizer.step()
         schedule.step()
     mlp.requires_grad_(False)

@@ -54,7 +54,7 @@ JUDGED_OUTPUTS = 512
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a refit went; errors are shares of the full Linear's output energy that are lost.
+    """How a refit went; errors are shares of the full Linear's output energy that are lost; of MLPs see `aims`.
 
     Attributes:
         damping: the ridge that was best, as a share of the mean diagonal of H; None in modes that fit no weights.

@@ -111,7 +111,7 @@ def export(
     from edgeprune_export.model_card import Origin
     from edgeprune_export.quantize import with_gates
     from edgeprune_export.targets import choose
-    from edgeprune_runtime.errors import GateError
+    from edgeprune_runtime.errors import EdgepruneError, GateError
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.text import read_text
 
@@ -126,6 +126,11 @@ def export(
         accuracy_level=accuracy_level,
     )
     precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement)
+    if calibration is not None and not any(each.is_data_aware for each in precisions):
+        raise EdgepruneError(
+            f"--calibration would change nothing of {', '.join(each.name for each in precisions)}: int4 alone is "
+            "fitted to text; leave it out, or name int4 in --precision"
+        )
     max_memory_bytes = None if max_memory is None else parse_size(max_memory)
     texts = None if text is None else [read_text(text).text]
     stages = Stages(quiet)
@@ -133,7 +138,7 @@ def export(
         if folder != checkpoint:
             name = name or checkpoint.resolve().name
         rounding = None
-        if calibration is not None and any(each.is_data_aware for each in precisions):
+        if calibration is not None:
             with stages.stage("calibration text"):
                 rounding = _rounding_data(folder, calibration, calibration_sequences, calibration_tokens)
         with stages.stage("export to ONNX and check it against torch") as step:

@@ -146,8 +146,8 @@ def with_refit(report: Report, outcomes: Mapping[str, Outcome], title: str = REF
         ),
         notes=(
             "errors: share of the full Linear's output energy that is lost on calibration text (of an MLP: of what it "
-            "should add for the block to give what the dense one gives); a refit is accepted where the held-out one "
-            "falls",
+            "should add for the block to give what the dense one gives; in the last block: of the nats that the dense "
+            "model's tokens cost, those that are lost); a refit is accepted where the held-out one falls",
         ),
     )
     return replace(report, tables=(*report.tables, table), data=data)

@@ -215,13 +215,17 @@ def as_options(details: Mapping[str, bool | int | None]) -> str:
     return ", ".join(options)
 
 
+GATE_OPTIONS = {"max_perplexity_ratio": "--max-perplexity-ratio", "min_argmax_agreement": "--min-agreement"}
+"""Gates by the names that the command line has for them."""
+
+
 def with_gates(
     precisions: Sequence[Precision], max_perplexity_ratio: float | None, min_argmax_agreement: float | None
 ) -> tuple[Precision, ...]:
     """The precisions with other gates where they round; None keeps those that they have.
 
     Raises:
-        EdgepruneError: if a gate is out of range.
+        EdgepruneError: if a gate is out of range, or there is nothing that it could keep out.
     """
     if max_perplexity_ratio is not None and not max_perplexity_ratio > 0:
         raise EdgepruneError(f"--max-perplexity-ratio is {max_perplexity_ratio}; expected more than 0, such as 1.2")
@@ -229,6 +233,12 @@ def with_gates(
         raise EdgepruneError(f"--min-agreement is {min_argmax_agreement}; expected a share from 0 to 1")
     given = {"max_perplexity_ratio": max_perplexity_ratio, "min_argmax_agreement": min_argmax_agreement}
     gates: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if gates and not any(each.is_rounded for each in precisions):
+        asked = " and ".join(GATE_OPTIONS[name] for name in gates)
+        raise EdgepruneError(
+            f"{asked} would change nothing of {FLOAT32.name}, which rounds no weight; leave it out, or name a variant "
+            "that does in --precision"
+        )
     return tuple(replace(each, **gates) if each.is_rounded else each for each in precisions)
 
 

@@ -99,6 +99,20 @@ def test_what_cannot_be_written_is_refused_early(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--calibration", "text.txt"), "--calibration would change nothing of fp32: int4 alone is fitted to text"),
+        (("--min-agreement", 0.5), "--min-agreement would change nothing of fp32, which rounds no weight"),
+    ],
+)
+def test_export_refuses_what_would_change_nothing(
+    arguments: tuple[str | float, ...], message: str, wide: Path, tmp_path: Path
+) -> None:
+    refused(invoke("export", wide, "-o", tmp_path / "bundle", "--quiet", *arguments), message)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_block_that_does_not_divide_the_hidden_size_is_refused_with_those_that_do(
     model_folder: Path, tmp_path: Path
 ) -> None:

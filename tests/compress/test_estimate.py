@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgeprune.estimate import BACKWARD, PATHS, PRODUCTS, Pace, estimate_seconds
+from edgeprune.estimate import BACKWARD, LOGITS, PATHS, PRODUCTS, Pace, estimate_seconds
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
 from edgeprune.refit import PASSES
@@ -25,13 +25,14 @@ SIZES = Sizes(
     length_tokens=50,
 )
 PLAIN = Preset("", "wanda-sp", "protect", "least-squares", 64, 100, 32)
-PACE = Pace(forward=1e-3, backward=3e-3, solve=2.0)
+PACE = Pace(forward=1e-3, backward=3e-3, logits=1e-4, solve=2.0)
 
 
 def test_pace_is_seconds_per_token() -> None:
     pace = Pace.of(SIZES, 4.0, 1.0, 2, had_grams=True)
     assert pace.forward == pytest.approx(4.0 / 400)
     assert pace.backward == pytest.approx(1.0 / 100)
+    assert pace.logits == pytest.approx(pace.forward * 16 * 100 / (5 * (1000 + 16**2 + 40**2)))
     assert pace.solve > 0
 
 
@@ -59,10 +60,10 @@ def test_a_reconstruction_takes_time_for_every_token() -> None:
         estimate_seconds(replace(preset, refit="reconstruct"), PACE) - estimate_seconds(preset, PACE)
         for preset in (PLAIN, replace(PLAIN, calibration_sequences=128))
     ]
-    assert extra[0] == pytest.approx((PATHS + PRODUCTS * PASSES) * 6.4)
+    assert extra[0] == pytest.approx((PATHS + PRODUCTS * PASSES) * 6.4 + LOGITS * 0.64)
     assert extra[1] == pytest.approx(2 * extra[0])
     twice = estimate_seconds(replace(PLAIN, refit=f"reconstruct:{2 * PASSES}"), PACE)
-    assert twice - estimate_seconds(PLAIN, PACE) == pytest.approx((PATHS + PRODUCTS * 2 * PASSES) * 6.4)
+    assert twice - estimate_seconds(PLAIN, PACE) == pytest.approx((PATHS + PRODUCTS * 2 * PASSES) * 6.4 + LOGITS * 0.64)
 
 
 def test_a_search_takes_its_rounds_or_its_minutes() -> None:

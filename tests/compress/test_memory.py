@@ -60,7 +60,9 @@ def test_seven_billion_parameters_are_reconstructed_in_six_gigabytes() -> None:
     assert footprint.peak_bytes < 6 * GB
     assert footprint.scratch_bytes > fitted(6 * GB).scratch_bytes
     wide = replace(SEVEN, mlp_parameters=3 * SEVEN.mlp_parameters)
-    with pytest.raises(EdgepruneError, match=r"the reconstruction of a block takes .* use --refit least-squares"):
+    with pytest.raises(
+        EdgepruneError, match=r"the reconstruction of the last block takes .* use --refit least-squares"
+    ):
         fit(wide, work(reconstructs=True), 6 * GB)
 
 

@@ -261,6 +261,8 @@ def test_the_user_may_set_the_gates_of_what_is_rounded() -> None:
     assert plain == PRECISIONS["fp32"]
     assert (int4.max_perplexity_ratio, int4.min_argmax_agreement) == (3.0, 0.25)
     assert with_gates([PRECISIONS["int4"]], None, None) == (PRECISIONS["int4"],)
+    with pytest.raises(EdgepruneError, match=r"--max-perplexity-ratio and --min-agreement would change nothing"):
+        with_gates([PRECISIONS["fp32"]], 3.0, 0.25)
     for ratio, agreement, message in (
         (0.0, None, "--max-perplexity-ratio is 0"),
         (None, 1.5, "--min-agreement is 1.5"),
