@@ -185,7 +185,8 @@ def evaluate(
             joining=source.joining,
             progress=advance,
         )
-    _show(report_perplexity(result, bundle=str(folder), source=source.source), as_json=as_json)
+    report = report_perplexity(result, bundle=str(folder), variant=bundle.variant_name, source=source.source)
+    _show(report, as_json=as_json)
 
 
 @app.command(rich_help_panel="On the device")

@@ -103,9 +103,10 @@ def measure_perplexity(
     )
 
 
-def report_perplexity(result: Perplexity, *, bundle: str, source: str) -> Report:
+def report_perplexity(result: Perplexity, *, bundle: str, variant: str, source: str) -> Report:
     """A perplexity as a report, with all that names it."""
     rows: tuple[tuple[Cell, ...], ...] = (
+        ("variant", variant),
         ("perplexity", result.perplexity),
         ("nll_nats_per_token", result.nll),
         ("scored_tokens", result.scored_tokens),
@@ -116,7 +117,7 @@ def report_perplexity(result: Perplexity, *, bundle: str, source: str) -> Report
         ("joining", result.joining),
         ("text_sha256", result.text_hash),
     )
-    data = {"eval": {**asdict(result), "bundle": bundle, "text": source}}
+    data = {"eval": {**asdict(result), "bundle": bundle, "variant": variant, "text": source}}
     return Report("edgeprune eval", this_machine(), (Table(bundle, ("figure", "value"), rows),), (), data)
 
 

@@ -59,6 +59,7 @@ def test_file_has_the_perplexity_of_its_variant(name: str, variant: str, bundle:
     found = last_json(invoke("eval", file, *options))["data"]["eval"]
     expected = last_json(invoke("eval", bundle, "--variant", variant, *options))["data"]["eval"]
     assert (found["bundle"], found["scored_tokens"]) == (str(file), expected["scored_tokens"])
+    assert found["variant"] == expected["variant"] == variant
     assert found["window_nll"] == pytest.approx(expected["window_nll"], rel=1e-5)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
