@@ -33,6 +33,9 @@ takes longer than these, over a whole vocabulary."""
 DOUBLE = 4
 """Float64 takes so many times as long per operation as the walk's own dtype."""
 
+RULES = 7
+"""So many cuts of fixed rules are refitted and judged, also by a search before its first round."""
+
 ROUND_FORWARDS, ROUND_SOLVES = 10, 3
 """What one round of a search costs: a candidate forward and backward with the options of its blocks, and the judging of
 a few more; and the refit of about so many widths of each Linear."""
@@ -99,10 +102,13 @@ def estimate_seconds(preset: Preset, pace: Pace) -> float:
 
 def _search_seconds(preset: Preset, pace: Pace) -> float:
     name, _, argument = preset.allocation.partition(":")
-    if name != "search":
+    if name not in ("judged", "search"):
         return 0.0
+    tokens = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
+    of_rules = RULES * (tokens * pace.forward + pace.solve)
+    if name == "judged":
+        return of_rules
     rounds, seconds = budget(argument or None)
     if seconds < math.inf:
         return seconds
-    tokens = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
-    return rounds * (ROUND_FORWARDS * tokens * pace.forward + ROUND_SOLVES * pace.solve)
+    return of_rules + rounds * (ROUND_FORWARDS * tokens * pace.forward + ROUND_SOLVES * pace.solve)

@@ -2,16 +2,19 @@
 
 LLM-Pruner's habit (arXiv 2305.11627): the first blocks make the features that all others read, the last ones feed the
 output, and both are far more sensitive. By default an eighth of the blocks at the front and a sixteenth at the back
-(4 and 2 of 32), rounded up, are protected. At large ratios the others alone would be left with next to nothing: no MLP
-and no attention loses more than 0.75, the protected blocks give the rest in equal shares, and only where that is not
-enough does the bound rise for all. `protect:F,L` sets how many blocks stay whole, and they do, at any ratio.
+(4 and 2 of 32) are protected, to the nearest whole number; of fewer than eight blocks none, since sparing one of five
+costs the others more than it saves. At large ratios the others alone would be left with next to nothing: no MLP and no
+attention loses more than 0.75, the protected blocks give the rest in equal shares, and only where that is not enough
+does the bound rise for all. `protect:F,L` sets how many blocks stay whole, and they do, at any ratio.
 """
 
-import math
 from dataclasses import replace
 
 from edgeprune.budget import Heads, Problem, cut_evenly, keep_list, removed
 from edgeprune_runtime.errors import EdgepruneError
+
+FEWEST_LAYERS = 8
+"""Fewer are not protected by default."""
 
 
 def check(argument: str | None, heads: Heads) -> None:
@@ -31,7 +34,7 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
         EdgepruneError: if no layer is left to give.
     """
     layers = len(problem.layers)
-    first, last = (math.ceil(layers / 8), math.ceil(layers / 16)) if argument is None else _counts(argument)
+    first, last = _default(layers) if argument is None else _counts(argument)
     if first + last >= layers:
         raise EdgepruneError(
             f"protect:{first},{last} leaves none of the {layers} layers to cut; expected FIRST+LAST below {layers}"
@@ -45,6 +48,11 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
         rest = replace(problem, remove=problem.remove - removed(problem, cut))
         cut |= cut_evenly(rest, outer, same_widths=False)
     return keep_list(problem, cut)
+
+
+def _default(layers: int) -> tuple[int, int]:
+    """How many first and last blocks of so many stay whole if nobody says."""
+    return (0, 0) if layers < FEWEST_LAYERS else (round(layers / 8), round(layers / 16))
 
 
 def _counts(argument: str) -> tuple[int, int]:

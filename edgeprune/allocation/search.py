@@ -1,4 +1,4 @@
-"""Search: start from the best of the fixed rules, then move widths between layers while the model's output gets nearer.
+"""Search: start from the best fixed rule (`judged`), then move widths while the model's output gets nearer.
 
 What is judged is the whole cut model: the KL divergence of its predictions from the dense model's, on calibration
 sequences that are kept aside (`edgeprune.candidates`). A round
@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgeprune.allocation import influence, knapsack, protect, uniform
+from edgeprune.allocation.judged import nearest, rules
 from edgeprune.budget import (
     HEAD_PRICE,
     AttentionChoice,
@@ -32,11 +32,9 @@ from edgeprune.budget import (
     Layer,
     Problem,
     Widths,
-    cut_of,
     keep_list,
     parameters_between,
     refuse_even,
-    removed,
     settle,
 )
 from edgeprune_runtime.errors import EdgepruneError
@@ -70,13 +68,7 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
     assert judge is not None, "a search needs something that judges candidates"
     rounds, seconds = budget(argument)
     began = time.monotonic()
-    starts = _starts(problem)
-    found = []
-    for number, start in enumerate(starts, 1):
-        judge.stage = f"start {number} of {len(starts)}"
-        found.append(judge.divergence(start, judge.accepting))
-    best = min(found)
-    cut = starts[found.index(best)]
+    cut, best = nearest(judge, rules(problem), judge.accepting)
     step = max(1, max(layer.channels.units for layer in problem.layers) // LARGEST_STEP // problem.align)
     for number in range(1, rounds + 1):
         if step == 0 or time.monotonic() - began > seconds:
@@ -112,17 +104,6 @@ def budget(argument: str | None) -> tuple[int, float]:
     raise EdgepruneError(
         f"search:{argument} is no budget; expected a number of rounds such as search:6, or minutes such as search:10min"
     )
-
-
-def _starts(problem: Problem) -> list[Cut]:
-    """What the fixed rules make of the problem, as far as they reach the target."""
-    rules = [uniform.allocate(problem, "mixed"), protect.allocate(problem, None), knapsack.allocate(problem, None)]
-    if problem.influence:
-        rules.append(influence.allocate(problem, None))
-    cuts = [cut_of(problem, keep) for keep in rules]
-    missed = [abs(problem.remove - removed(problem, cut)) for cut in cuts]
-    allowed = max(min(missed), problem.align * max(map(problem.channel_cost, problem.layers)))
-    return [cut for cut, miss in zip(cuts, missed, strict=True) if miss <= allowed]
 
 
 @dataclass(frozen=True)

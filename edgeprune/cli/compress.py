@@ -90,7 +90,7 @@ def compress(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="Widths over the layers: protect[:FIRST,LAST], search[:ROUNDS], uniform[:mixed], global ...; "
+            help="Widths over the layers: protect[:FIRST,LAST], judged, search[:ROUNDS], uniform[:mixed] ...; "
             f"{_of_presets('allocation')}",
             show_default=False,
             rich_help_panel=PRUNING,

@@ -221,7 +221,7 @@ def test_an_unknown_allocation_names_the_nearest() -> None:
 
 def test_every_allocation_is_tested_here() -> None:
     tested_here = {"uniform", "protect", "global", "knapsack", "flap", "influence"}
-    assert set(plugins.names("allocation")) - {"search"} == tested_here  # search: test_search.py
+    assert set(plugins.names("allocation")) - {"judged", "search"} == tested_here  # these two: test_search.py
 
 
 SMOL = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "channels": 1536}
@@ -330,6 +330,14 @@ def test_protect_leaves_something_of_every_block_at_any_ratio(ratio: float) -> N
     assert min(inner) >= (384 if ratio <= 0.5 else 288)
     if ratio <= 0.4:
         assert min(outer) == 1536
+
+
+@pytest.mark.parametrize(("layers", "first", "last"), [(5, 0, 0), (7, 0, 0), (8, 1, 0), (12, 2, 1), (32, 4, 2)])
+def test_protect_spares_a_part_of_deep_models_and_nothing_of_shallow_ones(layers: int, first: int, last: int) -> None:
+    problem = problem_of(**SMOL | {"layers": layers}, remove=layers * 400_000)
+    keep = plugins.find("allocation", "protect", "allocation").allocate(problem, None)
+    whole = [all(len(kept(keep, g)) == g.units for g in (layer.heads, layer.channels)) for layer in problem.layers]
+    assert whole == [i < first or i >= layers - last for i in range(layers)]
 
 
 def test_protected_blocks_that_the_user_names_stay_whole_or_the_ratio_is_not_met() -> None:

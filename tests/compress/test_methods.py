@@ -43,7 +43,7 @@ def test_every_method_allocation_and_refit_gives_a_model_that_computes(method: s
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize(("method", "allocation"), [("fusion", "protect"), ("obs", "search"), ("flap", "global")])
+@pytest.mark.parametrize(("method", "allocation"), [("fusion", "protect:1,1"), ("obs", "search"), ("flap", "global")])
 def test_every_kind_of_block_is_pruned_saved_and_read_back(
     method: str, allocation: str, name: str, tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def test_the_pruned_path_is_that_of_the_weights_as_they_are_stored() -> None:
 def test_fit_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruct, "STEP_TOKENS", 10_000)  # all tokens in every step, so that no order matters
     model, tokens = toy("llama", intermediate_size=96), calibration()
-    plan, stats = planned(copy.deepcopy(model), tokens)
+    plan, stats = planned(copy.deepcopy(model), tokens, allocation="protect:1,1")
     dense, closed = copy.deepcopy(model), copy.deepcopy(model)
     apply_plan(closed, replace(plan, refit="least-squares"), stats.moments)
     apply_plan(model, replace(plan, refit="reconstruct:12"), stats.moments, tokens)

@@ -1,6 +1,7 @@
 """Candidates are judged as the cut model would be, and the search only ever gets nearer to the dense model."""
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch.nn.functional import log_softmax
 from toys import toy
 from transformers import PreTrainedModel
 
+from edgeprune.allocation import judged as judged_rules
 from edgeprune.allocation import search
-from edgeprune.budget import Cut, Problem, Widths, cut_evenly, keep_list, removed
+from edgeprune.allocation.judged import rules
+from edgeprune.budget import Cut, Problem, Widths, cut_evenly, cut_of, keep_list, removed
 from edgeprune.calibration import Calibration
 from edgeprune.candidates import Candidates, Effects
 from edgeprune.journal import Journal
@@ -103,9 +106,9 @@ def test_search_is_at_least_as_near_as_its_starts_at_the_same_size(name: str, he
     problem = replace(problem, heads=heads)  # type: ignore[arg-type]
     if heads == "keep":
         problem = replace(problem, layers=[replace(layer, keeps_heads=True) for layer in problem.layers])
-    starts = search._starts(problem)
+    starts = rules(problem)
     keep = search.allocate(problem, "3")
-    cut = search.cut_of(problem, keep)
+    cut = cut_of(problem, keep)
     largest = problem.align * max(map(problem.channel_cost, problem.layers))
     assert abs(removed(problem, cut) - problem.remove) <= largest
     nearest = min(judge_.divergence(start, judge_.accepting) for start in starts)
@@ -115,6 +118,35 @@ def test_search_is_at_least_as_near_as_its_starts_at_the_same_size(name: str, he
             attention == layer.attention_choices[0]
             for (attention, _), layer in zip(cut.values(), problem.layers, strict=True)
         )
+
+
+@pytest.mark.parametrize("heads", ["auto", "even", "keep"])
+def test_judged_takes_the_rule_whose_cut_is_nearest(heads: str) -> None:
+    _, problem, _, _ = judged("llama")
+    problem = replace(problem, heads=heads)  # type: ignore[arg-type]
+    if heads == "keep":
+        problem = replace(problem, layers=[replace(layer, keeps_heads=True) for layer in problem.layers])
+    cuts = rules(problem)
+    assert all(cuts.count(cut) == 1 for cut in cuts)
+    judge_ = problem.judge
+    assert judge_ is not None
+    divergences = [judge_.divergence(cut, slice(None)) for cut in cuts]
+    assert len(set(divergences)) > 1
+    found = cut_of(problem, judged_rules.allocate(problem, None))
+    assert found == cuts[divergences.index(min(divergences))]
+
+
+def test_rules_have_heads_that_compete_and_heads_that_give_an_even_share() -> None:
+    _, problem, _, _ = judged("llama")
+    auto, even = rules(problem), rules(replace(problem, heads="even"))
+    assert even
+    assert all(cut in auto for cut in even)
+    assert len(auto) > len(even)
+
+
+def test_judged_takes_no_argument() -> None:
+    with pytest.raises(EdgepruneError, match="judged takes no argument"):
+        Settings(0.2, allocation="judged:3").check()
 
 
 def test_search_continues_from_its_journal(tmp_path: Path) -> None:
@@ -157,7 +189,7 @@ def test_progress_names_the_round_and_goes_forward() -> None:
     )
     of_search = [each for each in said if each[0].startswith("search")]
     stages = list(dict.fromkeys(stage for stage, _, _ in of_search))
-    assert stages[0] == "search, start 1 of 4"
+    assert re.fullmatch(r"search, rule 1 of [456]", stages[0])
     assert "search, round 1 of 2, steps" in stages
     assert "search, round 1 of 2, candidate 1" in stages
     for stage in stages:
