@@ -1,8 +1,8 @@
 """Judged: of the fixed rules, the one whose cut model comes nearest to the dense one.
 
 No rule is best for every model. With 30 blocks, whole first and last blocks and whole heads are worth what they cost
-the others; with five blocks they are not, and equal shares of heads and channels win. So the cut of each rule is
-refitted and judged whole: the KL divergence of its predictions from the dense model's, on calibration sequences that
+the others; with five blocks they are not, and at 20 % equal shares of heads and channels win. So the cut of each rule
+is refitted and judged whole: the KL divergence of its predictions from the dense model's, on calibration sequences that
 are kept aside (`edgeprune.candidates`). The rules are `uniform:mixed`, `protect` and, where the blocks' influence is
 known, `influence`, each with heads that compete by lost score and with heads that give the same share as channels; and
 `knapsack`.
