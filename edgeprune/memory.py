@@ -200,6 +200,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
             + _inputs_bytes(sizes, work)
         )
     casts = work.dtype != torch.bfloat16
+    head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
     weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)
     reads_inputs = work.refits or work.searches or "inputs" in work.method.needs
     grams = 2 * sizes.gram_bytes if reads_inputs else 0
@@ -227,7 +228,6 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         activations = FLOAT32_BYTES * STEP_TOKENS * (sizes.hidden_size + max(sizes.inner))
         fit_step = fitted + shuffled + FITTED_STEP * activations
         found["the reconstruction of a block"] = always + weights + max(fit_step, weights + step)
-        head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
         logits = min(LOGIT_BYTES, LOGIT_COPIES * FLOAT32_BYTES * STEP_TOKENS * sizes.vocabulary)
         dense = SHUFFLED_COPIES * FLOAT32_BYTES * (2 * tokens // 3) * sizes.hidden_size
         last = max(fit_step - shuffled // 3 + dense + logits, weights + step)
@@ -238,7 +238,6 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         copies = 4 if "fisher" in needs else 3 if needs & WEIGHT_NEEDS else 1
         gradients = copies * FLOAT32_BYTES * sizes.block_parameters
         found["the gradients of a block"] = always + gradients + GRADIENT_STEP * step
-        head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
         found["the loss"] = always + head + sizes.logit_bytes
     if work.searches:
         models = CANDIDATES * work.dtype.itemsize * sizes.block_parameters * sizes.layers

@@ -230,8 +230,9 @@ class Paths:
                     shape = output.shape
                     read[rows] = seen["x"].reshape(shape)
                     given = seen["y"].float().reshape(shape)
-                    target[rows] = dense[rows] - output + given
-                    missed.add(rows, given, target[rows], dense[rows])
+                    of_dense = dense[rows]
+                    target[rows] = wanted = of_dense - output + given
+                    missed.add(rows, given, wanted, of_dense)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -245,8 +246,9 @@ class Paths:
             for rows in self._steps:
                 with self._pass.products():
                     given = final(read[rows].to(next(final.parameters()).dtype)).float()
-                output[rows] = dense[rows] - target[rows] + given
-                missed.add(rows, given, target[rows], dense[rows])
+                wanted, of_dense = target[rows], dense[rows]
+                output[rows] = of_dense - wanted + given
+                missed.add(rows, given, wanted, of_dense)
         output.flush()
         return missed
 

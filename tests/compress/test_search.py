@@ -1,7 +1,6 @@
 """Candidates are judged as the cut model would be, and the search only ever gets nearer to the dense model."""
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,7 +188,7 @@ def test_progress_names_the_round_and_goes_forward() -> None:
     )
     of_search = [each for each in said if each[0].startswith("search")]
     stages = list(dict.fromkeys(stage for stage, _, _ in of_search))
-    assert re.fullmatch(r"search, rule 1 of [456]", stages[0])
+    assert stages[0] == "search, rule 1 of 5"
     assert "search, round 1 of 2, steps" in stages
     assert "search, round 1 of 2, candidate 1" in stages
     for stage in stages:
