@@ -15,6 +15,7 @@ fitted to the divergence 1.65).
 from typing import Protocol
 
 import torch
+from torch.nn.functional import kl_div, log_softmax
 
 from edgeprune.streaming import Pass
 
@@ -66,9 +67,9 @@ class Divergence:
         with torch.no_grad():
             expected = self._log_probabilities(dense)
         found = self._log_probabilities(dense - target + given)
-        weight = expected.exp()
-        return torch.stack([(weight * (expected - found)).sum(1), -(weight * found.detach()).sum(1)])
+        divergence = kl_div(found, expected, reduction="none", log_target=True).sum(1)
+        return torch.stack([divergence, -(expected.exp() * found.detach()).sum(1)])
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(S, V)` of what leaves the last block, each token a sequence of its own: heads know no positions."""
-        return torch.log_softmax(self._path.logits(hidden[:, None])[:, 0], -1)
+        return log_softmax(self._path.logits(hidden[:, None])[:, 0], -1)

@@ -141,6 +141,7 @@ class Problem:
         tolerance: how far from `remove` a cut with equal widths may end where several come near, in parameters.
         influence: of each layer, how much it turns the hidden state (see `statistics.Stats`); empty if unknown.
         judge: judges whole cuts; only for allocations that say `NEEDS_JUDGE`.
+        remark: told what the user should know of the choice, in one sentence.
     """
 
     layers: Sequence[Layer]
@@ -153,6 +154,7 @@ class Problem:
     judge: "Judge | None" = None
     fits: Callable[[int, int], bool] = any_counts
     tolerance: float = math.inf
+    remark: Callable[[str], None] = lambda text: None
 
     def channel_cost(self, layer: Layer) -> int:
         """Parameters of one channel."""
@@ -396,6 +398,18 @@ def check_share(allocation: str, argument: str | None, heads: Heads) -> None:
     """
     refuse_even(allocation, heads)
     share_argument(allocation, argument)
+
+
+def refuse_argument(allocation: str, argument: str | None) -> None:
+    """Check that nothing follows the name of an allocation.
+
+    Raises:
+        EdgepruneError: if something does.
+    """
+    if argument is not None:
+        raise EdgepruneError(
+            f"{allocation} takes no argument; expected --allocation {allocation}, got {allocation}:{argument}"
+        )
 
 
 def refuse_even(allocation: str, heads: Heads) -> None:

@@ -3,9 +3,11 @@
 Losses of single layers do not add up over a model: layers that could each go alone make up for each other. So a search
 over widths looks at whole candidates (`Cut`: what every layer keeps). It may ask two things of one:
 
-    divergence(cut)          KL(dense || candidate) of the next token, mean over the tokens, in nats: a forward pass
+    divergence(cut)          KL(dense || candidate) of the next token, mean over the tokens, in nats: a forward pass,
+                             for which one block is in memory
     effects(cut, options)    for every option of every layer, what that one step would change the divergence by:
-                             a forward and a backward pass, and the changed block once for every option
+                             a forward and a backward pass, and the changed block once for every option; for this the
+                             whole candidate is in memory
 
 An effect is the Taylor series of the divergence around the candidate, up to its second term. At token t, let d_t be
 what the option changes in the block's output (on the candidate's own inputs), g_t the gradient of the divergence for
@@ -15,8 +17,8 @@ the Fisher information, which stands for the Hessian:
     effect = mean_t <g_t, d_t> + 1/2 mean_t <s_t, d_t>^2
 
 If the cut will be refitted, so is every width before it is judged: by least squares at one ridge, on the calibration
-tokens that do not judge. What was fitted for the candidate whose effects were asked for, for its options and for the
-candidates after it stays in memory until the next such question.
+tokens that do not judge. What was fitted for the candidate whose effects were asked for, and for its options, stays in
+memory until the next such question.
 """
 
 import copy
@@ -25,38 +27,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from edgeprune.budget import Cut, Effect, Layer, Widths
 from edgeprune.groups import Group
 from edgeprune.journal import Entry, Journal
+from edgeprune.reconstruct import JUDGED_TOKENS
 from edgeprune.refit import refit
 from edgeprune.shrink import linear_of, shrink_blocks, weight_of
-from edgeprune.statistics import HELD_OUT_EVERY, Moments, Progress
+from edgeprune.statistics import Moments, Progress
 from edgeprune.streaming import Decoder, Pass
-from edgeprune_runtime.errors import EdgepruneError
 
 Effects = Mapping[int, Sequence[Effect]]
 """Layer -> the effect of each of its options."""
 
 STEP = "search"
 """In the journal: search-1, search-2 and so on are the answers to the questions of one search."""
-
-LEAST_SEQUENCES = 2 * HELD_OUT_EVERY
-"""Two of them are kept aside: one to ask for effects on, one to compare candidates on."""
-
-
-def check_sequences(sequences: int) -> None:
-    """Check that so many calibration sequences are enough to judge on.
-
-    Raises:
-        EdgepruneError: if they are not.
-    """
-    if sequences < LEAST_SEQUENCES:
-        raise EdgepruneError(
-            f"a search judges candidates on one of {HELD_OUT_EVERY} calibration sequences, kept aside, and {sequences} "
-            f"leave too few; raise --calibration-sequences to {LEAST_SEQUENCES} or more, or use --allocation protect"
-        )
 
 
 class Candidates:
@@ -87,21 +73,21 @@ class Candidates:
             decoder: the dense model.
             layers: its layers, whose scores name the units that go first.
             moments: moments of the inputs of the Linears that read units.
-            ids: tokens to judge on, `(N, T)` int64; effects are asked for on one half, candidates compared on
-                the other.
+            ids: tokens to judge on, `(N, T)` int64, of which `JUDGED_TOKENS` or two sequences do; effects are asked
+                for on one half, candidates compared on the other.
             is_refitted: whether the final cut will be refitted.
             dtype: of the matrix products.
             step_tokens: tokens that go through a block at once.
             journal: remembers every answer.
             progress: told of every block that has run, of as many as the question takes.
         """
-        assert len(ids) > 1, "candidates are compared on sequences that proposed none"
+        assert len(ids), "candidates are judged on calibration sequences"
         self._decoder = decoder
         self._layers = layers
         self._moments = moments
         self._is_refitted = is_refitted
         self._rows = max(1, step_tokens // ids.shape[1])
-        self._ids = ids
+        self._ids = ids = ids[: max(2, JUDGED_TOKENS // ids.shape[1])]
         self.proposing = slice(0, len(ids) // 2)
         self.accepting = slice(len(ids) // 2, len(ids))
         self._journal = journal
@@ -112,17 +98,16 @@ class Candidates:
         self._pass = Pass(decoder, ids, dtype)
         self._fitted: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._dense: dict[tuple[int, int], torch.Tensor] = {}
+        self._uncut = {i: (layer.attention_choices[0], layer.channels.units) for i, layer in enumerate(layers)}
 
     def divergence(self, cut: Cut, part: slice = slice(None)) -> float:
         """KL(dense || candidate), mean over the tokens of some of the sequences, nats."""
 
         def judge() -> Entry:
-            total = 0.0
-            blocks = self._blocks(cut)
-            for rows in self._pieces(part):
-                with torch.no_grad():
-                    hidden = self._forward(rows, blocks)[-1]
-                    total += self._tail(rows, hidden)[0]
+            pieces = list(self._pieces(part))
+            self._see_dense(pieces)
+            outputs = self._outputs(cut, pieces)
+            total = sum(self._tail(rows, hidden)[0] for rows, hidden in zip(pieces, outputs, strict=True))
             return Entry(facts=total / self._ids[part].numel())
 
         return float(self._answer(judge, part, self._decoder.layers).facts)
@@ -131,6 +116,7 @@ class Candidates:
         """What each option of each layer would change the divergence by, on some of the sequences."""
 
         def judge() -> Entry:
+            self._see_dense(list(self._pieces(part)))
             self._forget_fitted(cut, options)
             found = {layer: [[0.0, 0.0] for _ in of_layer] for layer, of_layer in options.items()}
             tokens = self._ids[part].numel()
@@ -180,21 +166,31 @@ class Candidates:
             states.append(self._run(layer, block, states[-1]))
         return states
 
-    def _dense_output(self, rows: slice) -> torch.Tensor:
-        """What the dense model's last block puts out; kept, as every question needs it."""
-        if (rows.start, rows.stop) not in self._dense:
-            hidden = self._decoder.embed(self._ids[rows])[0]
-            for layer in range(self._decoder.layers):
-                with torch.no_grad(), self._decoder.block(layer, self._pass.weights_dtype) as block:
-                    hidden = self._run(layer, block, hidden)
-            self._dense[rows.start, rows.stop] = hidden
-        return self._dense[rows.start, rows.stop]
+    def _see_dense(self, pieces: Sequence[slice]) -> None:
+        """Keep what the dense model's last block puts out, as every question needs it."""
+        if unseen := [rows for rows in pieces if (rows.start, rows.stop) not in self._dense]:
+            for rows, hidden in zip(unseen, self._outputs(self._uncut, unseen), strict=True):
+                self._dense[rows.start, rows.stop] = hidden
+
+    @torch.no_grad()
+    def _outputs(self, cut: Cut, pieces: Sequence[slice]) -> list[torch.Tensor]:
+        """What the last block of a candidate puts out, for each piece `(N, T, D)` float32; one block in memory."""
+        states = [self._decoder.embed(self._ids[rows])[0] for rows in pieces]
+        fitted = self._fitted
+        for layer in range(self._decoder.layers):
+            self._fitted = dict(fitted)  # what is fitted for this candidate alone goes with its block
+            block = self._block(layer, cut[layer])
+            for number, hidden in enumerate(states):
+                states[number] = self._run(layer, block, hidden)
+            del block  # before the next one is made
+        self._fitted = fitted
+        return states
 
     def _tail(
         self, rows: slice, hidden: torch.Tensor, *, with_gradients: bool = False
     ) -> tuple[float, torch.Tensor, torch.Tensor]:
         """Sum of the divergences, its gradient for the last block's output, and that of the loss of drawn tokens."""
-        dense = self._dense_output(rows)
+        dense = self._dense[rows.start, rows.stop]
         divergence, drawn = torch.zeros_like(hidden), torch.zeros_like(hidden)
         chunk = self._pass.logit_tokens
         generator = torch.Generator().manual_seed(rows.start)
@@ -207,7 +203,7 @@ class Candidates:
                     expected = log_softmax(self._pass.logits(dense[at])[0], -1)
                 with torch.set_grad_enabled(with_gradients):
                     found = log_softmax(self._pass.logits(x)[0], -1)
-                    nats = (expected.exp() * (expected - found)).sum()
+                    nats = kl_div(found, expected, reduction="sum", log_target=True)
                 total += nats.item()
                 if with_gradients:
                     token = torch.multinomial(found.detach().exp(), 1, generator=generator)
@@ -224,7 +220,7 @@ class Candidates:
         of_layer = self._layers[layer]
         keep = of_layer.keep(*widths)
         groups = (of_layer.kv_heads, of_layer.heads, of_layer.channels)
-        with self._decoder.block(layer, torch.float32) as dense:
+        with self._decoder.block(layer) as dense:
             block = copy.deepcopy(dense)
         blocks = self._decoder.blocks
         original = blocks[layer]
@@ -248,7 +244,7 @@ class Candidates:
             # width would take longer than judging does
             moments = self._moments[group.inner.module].fitting()
             self._fitted[group.name, units] = refit(weight, moments, columns).weight.to(self._pass.dtype)
-        weight[:, columns] = self._fitted[group.name, units].float()
+        weight[:, columns] = self._fitted[group.name, units].to(weight.dtype)
 
     def _forget_fitted(self, cut: Cut, options: Mapping[int, Sequence[Widths]]) -> None:
         """Drop what was fitted for other widths than those of a candidate and of its options."""
@@ -261,6 +257,6 @@ class Candidates:
         self._fitted = {choice: weight for choice, weight in self._fitted.items() if choice in read}
 
     def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        self._progress(f"search, {self.stage}" if self.stage else "search", self._blocks_run, self._blocks_to_run)
+        self._progress(f"widths, {self.stage}" if self.stage else "widths", self._blocks_run, self._blocks_to_run)
         self._blocks_run += 1
         return self._pass.run(layer, block, hidden)

@@ -12,6 +12,7 @@ from typing import Self
 from edgeprune.allocation.search import budget
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
+from edgeprune.reconstruct import JUDGED_TOKENS
 from edgeprune.refit import parse_refit
 from edgeprune.statistics import HELD_OUT_EVERY, Method
 
@@ -104,7 +105,8 @@ def _search_seconds(preset: Preset, pace: Pace) -> float:
     name, _, argument = preset.allocation.partition(":")
     if name not in ("judged", "search"):
         return 0.0
-    tokens = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
+    held_out = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
+    tokens = min(held_out, JUDGED_TOKENS)
     of_rules = RULES * (tokens * pace.forward + pace.solve)
     if name == "judged":
         return of_rules

@@ -11,7 +11,8 @@ Each phase of a walk holds a few things at once, and the largest phase is what t
     step        activations of the tokens that go through a block at once
     zeros       the sums of all Linears' inputs, a float64 system of the largest, and copies of the Linear at hand
     fit         float32 weights of an MLP, their gradients and Adam's moments; tokens that are shuffled
-    candidate   a whole cut model, refitted pieces of others, and hidden states between all blocks: a search over widths
+    candidate   a block that is refitted and cut, and what the dense model and the candidate put out: judging widths; a
+                whole cut model, refitted pieces of others, and hidden states between all blocks: searching for them
 
 They are estimates on the safe side; a test and a benchmark hold them against what is measured.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgeprune.groups import Group
-from edgeprune.reconstruct import SHUFFLED_TOKENS, STEP_TOKENS
+from edgeprune.reconstruct import JUDGED_TOKENS, SHUFFLED_TOKENS, STEP_TOKENS
 from edgeprune.shrink import linear_shapes
 from edgeprune.sparsify import Scope
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, WEIGHT_NEEDS, Method
@@ -47,8 +48,8 @@ GRADIENT_STEP = 3
 """Activations that autograd keeps, as a multiple of those that a forward step holds."""
 
 CANDIDATES = 4
-"""A search holds a whole cut model, and of each o_proj and down_proj what was refitted for a candidate, its options and
-the candidates after it: up to nine of the one and seven of the other, together less than three models."""
+"""A search holds a whole cut model, and of each o_proj and down_proj what was refitted for a candidate and its options:
+up to nine of the one and seven of the other, together less than three models."""
 
 FITTED_COPIES, SHUFFLED_COPIES = 5, 2
 """A reconstruction holds of an MLP's weights, float32: themselves, gradients, Adam's two moments, and copies in the
@@ -62,7 +63,7 @@ ZEROS_MATRICES, ZEROS_COPIES = 6, 8
 and float32 ones of its weight (its fits and multipliers, or a refit's residual and directions)."""
 
 BLOCK_COPIES = 2
-"""While a candidate's block is made: the dense one in float32, and its copy that is refitted and cut."""
+"""While a candidate's block is made: the dense one, and its copy that is refitted and cut."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ class Sizes:
 
     @property
     def judged_bytes(self) -> int:
-        """Hidden states of the tokens that a search judges on, float32."""
-        return self.hidden_bytes // HELD_OUT_EVERY
+        """Hidden states of the tokens that widths are judged on, float32."""
+        tokens = max(2 * self.length_tokens, min(JUDGED_TOKENS, self.sequences * self.length_tokens // HELD_OUT_EVERY))
+        return FLOAT32_BYTES * tokens * self.hidden_size
 
     @property
     def logit_bytes(self) -> int:
@@ -156,7 +158,8 @@ class Work:
         dtype: of the statistics' matrix products.
         graded: sequences that the gradients see.
         journal_in_memory: there is no folder for the hidden states.
-        searches: the allocation judges whole candidates.
+        judges: the allocation judges candidates.
+        searches: it holds whole ones in memory.
         reconstructs: the MLPs are reconstructed after the refit.
         zeros: "mlp" or "all" Linears get zeros; None for none.
         sums_products: they get them by all products of their inputs.
@@ -167,6 +170,7 @@ class Work:
     dtype: torch.dtype
     graded: int
     journal_in_memory: bool = False
+    judges: bool = False
     searches: bool = False
     reconstructs: bool = False
     zeros: Scope | None = None
@@ -202,7 +206,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     casts = work.dtype != torch.bfloat16
     head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
     weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)
-    reads_inputs = work.refits or work.searches or "inputs" in work.method.needs
+    reads_inputs = work.refits or work.judges or "inputs" in work.method.needs
     grams = 2 * sizes.gram_bytes if reads_inputs else 0
     matrix = FLOAT64_BYTES * max(sizes.inner) ** 2
     step = sizes.step_bytes(step_tokens)
@@ -239,10 +243,16 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         gradients = copies * FLOAT32_BYTES * sizes.block_parameters
         found["the gradients of a block"] = always + gradients + GRADIENT_STEP * step
         found["the loss"] = always + head + sizes.logit_bytes
+    if work.judges:
+        outputs = 2 * sizes.judged_bytes  # the dense model's and the candidate's
+        refit = sizes.block_bytes + grams + REFIT_MATRICES * matrix
+        made = max(BLOCK_COPIES * sizes.block_bytes, refit, sizes.block_bytes + weights, weights + step)
+        found["the judging of a block"] = always + outputs + made
+        found["the judging of a cut"] = always + outputs + head + sizes.logit_bytes
     if work.searches:
         models = CANDIDATES * work.dtype.itemsize * sizes.block_parameters * sizes.layers
-        block = BLOCK_COPIES * FLOAT32_BYTES * sizes.block_parameters
         states = FLOAT32_BYTES * step_tokens * sizes.hidden_size * (sizes.layers + 1) + sizes.judged_bytes
+        block = BLOCK_COPIES * sizes.block_bytes
         # options are refitted while the candidate's block waits with all that its gradient needs
         option = GRADIENT_STEP * step + grams + REFIT_MATRICES * matrix
         found["the search over widths"] = always + models + block + states + max(option, sizes.logit_bytes)
@@ -259,7 +269,7 @@ def scratch_bytes(sizes: Sizes, work: Work) -> int:
 
 def _moments_bytes(sizes: Sizes, work: Work) -> int:
     """The moments of all blocks, where something reads them after the statistics."""
-    is_read = work.refits or work.searches or (work.graded and "inputs" in work.method.needs)
+    is_read = work.refits or work.judges or (work.graded and "inputs" in work.method.needs)
     return sizes.layers * sizes.gram_bytes if is_read else 0
 
 
@@ -321,7 +331,8 @@ def _advice(sizes: Sizes, work: Work, budget: int) -> str:
         "lower --calibration-tokens": (replace(sizes, length_tokens=64), work),
         "use --dtype bfloat16": (sizes, replace(work, dtype=torch.bfloat16)),
         "use a --method without gradients": (sizes, replace(work, graded=0)),
-        "use --allocation protect": (sizes, replace(work, searches=False)),
+        "use --allocation judged": (sizes, replace(work, searches=False)),
+        "use --allocation protect": (sizes, replace(work, judges=False, searches=False)),
         "use --refit least-squares": (sizes, replace(work, reconstructs=False)),
         "use --sparsity-scope mlp": (sizes, replace(work, zeros=work.zeros and "mlp")),
         "use --refit none": (sizes, replace(work, refits=False, reconstructs=False)),

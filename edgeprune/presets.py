@@ -42,9 +42,9 @@ PRESETS: Mapping[str, Preset] = {
         gradient_sequences=32,  # unread, unless the user asks for a method with gradients
     ),
     "balanced": Preset(
-        "a forward pass scores the units, fixed widths, every MLP is reconstructed",
+        "a forward pass scores the units, the best rule for widths, every MLP is reconstructed",
         method="wanda-sp",
-        allocation="protect",
+        allocation="judged",
         refit="reconstruct",
         calibration_sequences=64,
         calibration_tokens=512,

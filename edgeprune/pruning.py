@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -25,7 +26,7 @@ from edgeprune import plugins
 from edgeprune.budget import Heads, Judge, Layer, Problem, any_counts
 from edgeprune.calibration import Calibration
 from edgeprune.candidates import STEP as SEARCH_STEP
-from edgeprune.candidates import Candidates, check_sequences
+from edgeprune.candidates import Candidates
 from edgeprune.distributed import Ranks
 from edgeprune.groups import Group, Keep, Kind, check_keep, kept, layer_widths
 from edgeprune.journal import Entry, Journal
@@ -126,8 +127,7 @@ class Settings:
             raise EdgepruneError(
                 f"method {self.method} compares calibration samples; expected --gradient-sequences >= 2"
             )
-        name, _, argument = self.allocation.partition(":")
-        plugins.find("allocation", name, "allocation").check(argument or None, self.heads)
+        self._allocation.check(self.allocation.partition(":")[2] or None, self.heads)
         if self.widths not in get_args(Widths):
             raise EdgepruneError(f"unknown --widths {self.widths!r}; expected {', '.join(get_args(Widths))}")
         if self.is_uniform and self.allocation != UNIFORM_ALLOCATION:
@@ -152,8 +152,13 @@ class Settings:
         Raises:
             EdgepruneError: if they cannot.
         """
-        if self.reads_moments:
-            check_sequences(sequences)
+        least = 2 * HELD_OUT_EVERY if self.holds_models else HELD_OUT_EVERY  # a search proposes and accepts on others
+        if self.reads_moments and sequences < least:
+            raise EdgepruneError(
+                f"allocation {self.allocation} compares cuts on one of {HELD_OUT_EVERY} calibration sequences, kept "
+                f"aside, and {sequences} leave too few; raise --calibration-sequences to {least} or more, or use "
+                "--allocation protect"
+            )
         if self.mode == "reconstruct" and sequences < HELD_OUT_EVERY:
             raise EdgepruneError(
                 f"refit reconstruct judges itself on one of {HELD_OUT_EVERY} calibration sequences, kept aside, and "
@@ -177,10 +182,18 @@ class Settings:
         return frozenset({"channels"} if self.heads == "keep" else get_args(Kind))
 
     @property
+    def _allocation(self) -> ModuleType:
+        return plugins.find("allocation", self.allocation.partition(":")[0], "allocation")
+
+    @property
     def reads_moments(self) -> bool:
         """Whether the allocation judges refitted candidates, and so reads what a refit reads."""
-        module = plugins.find("allocation", self.allocation.partition(":")[0], "allocation")
-        return bool(getattr(module, "NEEDS_JUDGE", False))
+        return bool(getattr(self._allocation, "NEEDS_JUDGE", False))
+
+    @property
+    def holds_models(self) -> bool:
+        """Whether the allocation holds whole candidates in memory."""
+        return bool(getattr(self._allocation, "HOLDS_MODELS", False))
 
     @property
     def gathers_moments(self) -> bool:
@@ -287,8 +300,10 @@ def _decide(
     judge_of: Callable[[Problem], Candidates],
 ) -> PrunePlan:
     """The plan that the statistics lead to."""
-    keep = allocate(decoder.model, decoder.groups, stats.scores, settings, stats.influence, judge_of)
-    return _plan_of(decoder, name, calibration, settings, keep, dtype)
+    notes: list[str] = []
+    keep = allocate(decoder.model, decoder.groups, stats.scores, settings, stats.influence, judge_of, notes.append)
+    plan = _plan_of(decoder, name, calibration, settings, keep, dtype)
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def keep_all(
@@ -343,6 +358,7 @@ def allocate(
     settings: Settings,
     influence: Sequence[float] = (),
     judge_of: Callable[[Problem], Judge] | None = None,
+    remark: Callable[[str], None] = lambda text: None,
 ) -> dict[str, tuple[int, ...]]:
     """Keep list that removes `settings.ratio` of all parameters.
 
@@ -352,12 +368,13 @@ def allocate(
         scores: what the units are worth, by group.
         settings: how to prune.
         influence: how much each block turns the hidden state.
-        judge_of: makes what judges whole candidates (`judge`); a search needs it.
+        judge_of: makes what judges candidates (`judge`), for allocations that need it.
+        remark: told what the user should know of the choice.
 
     Raises:
         EdgepruneError: if the layers cannot give so much, or not under this allocation.
     """
-    problem = make_problem(model, groups, scores, settings, influence)
+    problem = replace(make_problem(model, groups, scores, settings, influence), remark=remark)
     total = count_parameters(model)
     if problem.remove > problem.removable:
         raise EdgepruneError(
@@ -399,7 +416,7 @@ def judge(
     Raises:
         EdgepruneError: if too few sequences are kept aside.
     """
-    check_sequences(len(calibration.ids))
+    settings.check_sequences(len(calibration.ids))
     return Candidates(
         Decoder.of(model),
         problem.layers,
@@ -553,7 +570,7 @@ def progress_so_far(journal: Journal, layers: int) -> str | None:
         return "continues after the plan"
     judged = itertools.takewhile(lambda number: f"{SEARCH_STEP}-{number}" in journal, itertools.count(1))
     if answers := len(list(judged)):
-        return f"continues after {answers} judged candidates (search over widths)"
+        return f"continues after {answers} judged candidates (widths)"
     if graded := done("gradients"):
         return after(graded[0] - 1, "gradients")  # they go backward
     if seen := done("statistics"):

@@ -10,8 +10,7 @@ proportion chosen so that all shares together remove what is asked. Inside a blo
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from edgeprune.budget import Cut, Heads, Problem, cut_evenly, keep_list, relative_price, settle
-from edgeprune_runtime.errors import EdgepruneError
+from edgeprune.budget import Cut, Heads, Problem, cut_evenly, keep_list, refuse_argument, relative_price, settle
 
 LEAST, MOST = 0.5, 1.5
 """A block gives at least and at most so many times the mean share."""
@@ -25,8 +24,7 @@ def check(argument: str | None, heads: Heads) -> None:
     Raises:
         EdgepruneError: if there is an argument.
     """
-    if argument is not None:
-        raise EdgepruneError(f"influence takes no argument; expected --allocation influence, got influence:{argument}")
+    refuse_argument("influence", argument)
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from edgeprune.allocation import influence, knapsack, protect, uniform
-from edgeprune.budget import Cut, Heads, Judge, Problem, cut_of, keep_list, removed
-from edgeprune_runtime.errors import EdgepruneError
+from edgeprune.budget import Cut, Heads, Judge, Problem, cut_of, keep_list, refuse_argument, removed
 
 NEEDS_JUDGE = True
 
@@ -24,43 +23,45 @@ def check(argument: str | None, heads: Heads) -> None:
     Raises:
         EdgepruneError: if there is an argument.
     """
-    if argument is not None:
-        raise EdgepruneError(f"judged takes no argument; expected --allocation judged, got judged:{argument}")
+    refuse_argument("judged", argument)
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
     """Keep list of the best rule."""
     judge = problem.judge
     assert judge is not None, "rules are compared by something that judges candidates"
-    cut, _ = nearest(judge, rules(problem), slice(None))
-    return keep_list(problem, cut)
+    return keep_list(problem, nearest(problem, judge, slice(None))[0])
 
 
-def rules(problem: Problem) -> list[Cut]:
-    """What the fixed rules make of the problem, each different one once, as far as they reach the target."""
+def rules(problem: Problem) -> dict[str, Cut]:
+    """What each fixed rule makes of the problem, by its name: different cuts, as far as they reach the target."""
     ways: Sequence[Heads] = ("auto", "even") if problem.heads == "auto" else (problem.heads,)
-    keeps = []
+    keeps = {}
     for heads in ways:
-        of_way = replace(problem, heads=heads)
-        keeps += [uniform.allocate(of_way, "mixed"), protect.allocate(of_way, None)]
+        of_way, suffix = replace(problem, heads=heads), f", heads {heads}"
+        keeps[f"uniform:mixed{suffix}"] = uniform.allocate(of_way, "mixed")
+        keeps[f"protect{suffix}"] = protect.allocate(of_way, None)
         if problem.influence:
-            keeps.append(influence.allocate(of_way, None))
+            keeps[f"influence{suffix}"] = influence.allocate(of_way, None)
     if problem.heads != "even":
-        keeps.append(knapsack.allocate(problem, None))
-    cuts: list[Cut] = []
-    for keep in keeps:
-        if (cut := cut_of(problem, keep)) not in cuts:
-            cuts.append(cut)
-    missed = [abs(problem.remove - removed(problem, cut)) for cut in cuts]
-    allowed = max(min(missed), problem.align * max(map(problem.channel_cost, problem.layers)))
-    return [cut for cut, miss in zip(cuts, missed, strict=True) if miss <= allowed]
+        keeps[f"knapsack, heads {problem.heads}"] = knapsack.allocate(problem, None)
+    cuts: dict[str, Cut] = {}
+    for name, keep in keeps.items():
+        if (cut := cut_of(problem, keep)) not in cuts.values():
+            cuts[name] = cut
+    missed = {name: abs(problem.remove - removed(problem, cut)) for name, cut in cuts.items()}
+    allowed = max(min(missed.values()), problem.align * max(map(problem.channel_cost, problem.layers)))
+    return {name: cut for name, cut in cuts.items() if missed[name] <= allowed}
 
 
-def nearest(judge: Judge, cuts: Sequence[Cut], part: slice) -> tuple[Cut, float]:
-    """The cut with the least divergence on a part of the sequences, and that divergence."""
-    found = []
-    for number, cut in enumerate(cuts, 1):
-        judge.stage = f"rule {number} of {len(cuts)}"
-        found.append(judge.divergence(cut, part))
-    best = min(found)
-    return cuts[found.index(best)], best
+def nearest(problem: Problem, judge: Judge, part: slice) -> tuple[Cut, float]:
+    """The rule's cut with the least divergence on a part of the sequences, and that divergence."""
+    cuts = rules(problem)
+    divergences = {}
+    for number, (name, cut) in enumerate(cuts.items(), 1):
+        judge.stage = f"rule {number} of {len(cuts)} ({name})"
+        divergences[name] = judge.divergence(cut, part)
+    best, *others = sorted(divergences, key=divergences.__getitem__)
+    behind = "".join(f"; {name} {divergences[name]:.3f}" for name in others)
+    problem.remark(f"widths of {best}: {divergences[best]:.3f} nats per token from the dense model{behind}")
+    return cuts[best], divergences[best]

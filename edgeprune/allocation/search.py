@@ -19,9 +19,9 @@ comes then depends on the machine, and on when it was interrupted.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edgeprune.allocation.judged import nearest, rules
+from edgeprune.allocation.judged import nearest
 from edgeprune.budget import (
     HEAD_PRICE,
     AttentionChoice,
@@ -40,6 +40,7 @@ from edgeprune.budget import (
 from edgeprune_runtime.errors import EdgepruneError
 
 NEEDS_JUDGE = True
+HOLDS_MODELS = True
 
 ROUNDS = 6
 LARGEST_STEP = 12
@@ -68,7 +69,8 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
     assert judge is not None, "a search needs something that judges candidates"
     rounds, seconds = budget(argument)
     began = time.monotonic()
-    cut, best = nearest(judge, rules(problem), judge.accepting)
+    starting = replace(problem, remark=lambda text: problem.remark(f"the search began with {text}"))
+    cut, best = nearest(starting, judge, judge.accepting)
     step = max(1, max(layer.channels.units for layer in problem.layers) // LARGEST_STEP // problem.align)
     for number in range(1, rounds + 1):
         if step == 0 or time.monotonic() - began > seconds:

@@ -136,6 +136,8 @@ def test_more_processes_than_sequences(model_folder: Path, text_file: Path, tmp_
         2,
         "--method",
         "taylor-fine",
+        "--allocation",
+        "protect",
         "--refit",
         "least-squares",
     )

@@ -74,13 +74,13 @@ def test_need_does_not_grow_with_the_number_of_blocks() -> None:
 
 
 def test_a_search_holds_whole_models_and_is_refused_where_they_do_not_fit() -> None:
-    searching = replace(work(), searches=True)
+    searching = replace(work(), judges=True, searches=True)
     deep = replace(SEVEN, layers=64)
     assert (
         phases(deep, searching, 4096)["the search over widths"]
         > phases(SEVEN, searching, 4096)["the search over widths"]
     )
-    with pytest.raises(EdgepruneError, match=r"the search over widths takes about .* use --allocation protect"):
+    with pytest.raises(EdgepruneError, match=r"the search over widths takes about .* use --allocation judged"):
         fit(SEVEN, searching, 6 * GB)
 
 
@@ -88,13 +88,21 @@ def test_a_search_that_no_machine_of_this_size_holds_is_refused_without_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("edgeprune.memory.machine_bytes", lambda: 16 * GB)
-    with pytest.raises(EdgepruneError, match=r"this machine's .* the search over widths .* use --allocation protect"):
-        fit(SEVEN, replace(work(), searches=True), None)
+    with pytest.raises(EdgepruneError, match=r"this machine's .* the search over widths .* use --allocation judged"):
+        fit(SEVEN, replace(work(), judges=True, searches=True), None)
     assert not fit(SEVEN, work(), None).keeps_blocks
 
 
+def test_widths_of_seven_billion_parameters_are_judged_in_six_gigabytes() -> None:
+    judging = replace(work("fisher", reconstructs=True), judges=True)
+    assert fit(SEVEN, judging, 6 * GB).peak_bytes < 6 * GB
+    of_phases = phases(SEVEN, judging, 4096)
+    assert of_phases == phases(replace(SEVEN, layers=320), judging, 4096)
+    assert of_phases["the judging of a block"] > of_phases["the judging of a cut"] > 0
+
+
 def test_a_dry_run_holds_in_memory_what_others_leave_on_disk() -> None:
-    searching = replace(work("fisher"), searches=True)
+    searching = replace(work("fisher"), judges=True, searches=True)
     on_disk, in_memory = (
         phases(SEVEN, replace(searching, journal_in_memory=where), 4096)["the statistics of a block"]
         for where in (False, True)

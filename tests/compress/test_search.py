@@ -110,7 +110,7 @@ def test_search_is_at_least_as_near_as_its_starts_at_the_same_size(name: str, he
     cut = cut_of(problem, keep)
     largest = problem.align * max(map(problem.channel_cost, problem.layers))
     assert abs(removed(problem, cut) - problem.remove) <= largest
-    nearest = min(judge_.divergence(start, judge_.accepting) for start in starts)
+    nearest = min(judge_.divergence(start, judge_.accepting) for start in starts.values())
     assert judge_.divergence(cut, judge_.accepting) <= nearest
     if heads == "keep":
         assert all(
@@ -125,19 +125,24 @@ def test_judged_takes_the_rule_whose_cut_is_nearest(heads: str) -> None:
     problem = replace(problem, heads=heads)  # type: ignore[arg-type]
     if heads == "keep":
         problem = replace(problem, layers=[replace(layer, keeps_heads=True) for layer in problem.layers])
-    cuts = rules(problem)
+    cuts = list(rules(problem).values())
     assert all(cuts.count(cut) == 1 for cut in cuts)
     judge_ = problem.judge
     assert judge_ is not None
     divergences = [judge_.divergence(cut, slice(None)) for cut in cuts]
     assert len(set(divergences)) > 1
-    found = cut_of(problem, judged_rules.allocate(problem, None))
-    assert found == cuts[divergences.index(min(divergences))]
+    said: list[str] = []
+    found = cut_of(problem, judged_rules.allocate(replace(problem, remark=said.append), None))
+    best = divergences.index(min(divergences))
+    assert found == cuts[best]
+    (remark,) = said
+    assert remark.startswith(f"widths of {list(rules(problem))[best]}: {min(divergences):.3f} nats per token from the")
+    assert remark.count(";") == len(cuts) - 1
 
 
 def test_rules_have_heads_that_compete_and_heads_that_give_an_even_share() -> None:
     _, problem, _, _ = judged("llama")
-    auto, even = rules(problem), rules(replace(problem, heads="even"))
+    auto, even = (list(rules(replace(problem, heads=heads)).values()) for heads in ("auto", "even"))
     assert even
     assert all(cut in auto for cut in even)
     assert len(auto) > len(even)
@@ -174,6 +179,15 @@ def test_too_few_sequences_are_refused_before_anything_runs(monkeypatch: pytest.
     with pytest.raises(EdgepruneError, match="--calibration-sequences to 16"):
         make_plan(toy("llama"), "toy", calibrated(toy("llama"), 15), replace(SETTINGS, allocation="search"))
     Settings(0.2, allocation="protect").check_sequences(1)
+    Settings(0.2, allocation="judged").check_sequences(8)
+    with pytest.raises(EdgepruneError, match=r"7 leave too few; raise --calibration-sequences to 8 .* protect"):
+        Settings(0.2, allocation="judged").check_sequences(7)
+
+
+def test_one_sequence_kept_aside_judges_rules() -> None:
+    model = toy("llama")
+    plan, _ = make_plan(model, "toy", calibrated(model, 8), replace(SETTINGS, allocation="judged"))
+    assert any(note.startswith("widths of ") for note in plan.notes)
 
 
 def test_progress_names_the_round_and_goes_forward() -> None:
@@ -186,13 +200,13 @@ def test_progress_names_the_round_and_goes_forward() -> None:
         replace(SETTINGS, allocation="search:2"),
         progress=lambda stage, done, total: said.append((stage, done, total)),
     )
-    of_search = [each for each in said if each[0].startswith("search")]
-    stages = list(dict.fromkeys(stage for stage, _, _ in of_search))
-    assert stages[0] == "search, rule 1 of 5"
-    assert "search, round 1 of 2, steps" in stages
-    assert "search, round 1 of 2, candidate 1" in stages
+    judged_widths = [each for each in said if each[0].startswith("widths")]
+    stages = list(dict.fromkeys(stage for stage, _, _ in judged_widths))
+    assert stages[0] == "widths, rule 1 of 5 (uniform:mixed, heads auto)"
+    assert "widths, round 1 of 2, steps" in stages
+    assert "widths, round 1 of 2, candidate 1" in stages
     for stage in stages:
-        counts = [(done, total) for each, done, total in of_search if each == stage]
+        counts = [(done, total) for each, done, total in judged_widths if each == stage]
         total = counts[0][1]
         assert counts == [(done, total) for done in range(total)]
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,27 +107,33 @@ def test_logits_in_small_chunks_give_the_same_gradients(monkeypatch: pytest.Monk
         torch.testing.assert_close(found.scores[name], scores, rtol=1e-5, atol=1e-9)
 
 
-def test_only_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("allocation", ["protect", "judged"])
+def test_only_one_block_is_in_memory_at_a_time(
+    allocation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored(tmp_path / "model", num_hidden_layers=6)
     decoder, most = open_decoder(tmp_path / "model"), 0
     run = Decoder.run
+    copies: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
-    def counted(self: Decoder, *arguments: Any) -> torch.Tensor:
+    def counted(self: Decoder, layer: int, block: torch.nn.Module, *arguments: Any) -> torch.Tensor:
         nonlocal most
-        most = max(most, blocks_in_memory(decoder))
-        return run(self, *arguments)
+        if self is decoder and block is not decoder.blocks[layer]:
+            copies.add(block)
+        most = max(most, blocks_in_memory(decoder) + len(copies))
+        return run(self, layer, block, *arguments)
 
     monkeypatch.setattr(Decoder, "run", counted)
     calibration = Calibration(some_ids(), "test", 0, "")
     (tmp_path / "work").mkdir()
     journal = Journal(tmp_path / "work")
-    settings = Settings(0.2, method="taylor-fine", align=1, min_channels=4)
+    settings = Settings(0.2, method="taylor-fine", allocation=allocation, align=1, min_channels=4)
     plan, stats = make_plan(decoder, "toy", calibration, settings, journal=journal)
     before = decoder.groups
     apply_plan(decoder, plan, stats.moments, journal=journal)
     save(decoder, None, plan, layer_widths(before, plan.keep), tmp_path / "out")
     assert most <= 1
-    assert blocks_in_memory(decoder) == 0
+    assert (len(copies), blocks_in_memory(decoder)) == (0, 0)
     assert count_parameters(load_pruned(tmp_path / "out")) == plan.parameters_after
 
 
@@ -143,11 +150,13 @@ def test_memory_freed_between_tensors_that_stay_is_given_back_before_a_block_is_
     assert len(staying) == 60
 
 
+@pytest.mark.parametrize("allocation", ["protect", "judged"])
 @pytest.mark.parametrize("keeps_blocks", [False, True])
-def test_streamed_cut_equals_the_cut_in_memory(keeps_blocks: bool, tmp_path: Path) -> None:
+def test_streamed_cut_equals_the_cut_in_memory(keeps_blocks: bool, allocation: str, tmp_path: Path) -> None:
     model = stored(tmp_path / "model")
     decoder = open_decoder(tmp_path / "model", keeps_blocks=keeps_blocks)
-    calibration, settings = Calibration(some_ids(), "test", 0, ""), Settings(0.25, align=1, min_channels=4)
+    calibration = Calibration(some_ids(), "test", 0, "")
+    settings = Settings(0.25, allocation=allocation, align=1, min_channels=4)
     (tmp_path / "work").mkdir()
     for cut, name, journal in ((model, "whole", Journal()), (decoder, "streamed", Journal(tmp_path / "work"))):
         plan, stats = make_plan(cut, "toy", calibration, settings, journal=journal)
