@@ -12,11 +12,15 @@ import struct
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import gguf
 import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.constants import ENDPOINT
@@ -237,9 +241,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     folder = _fetch(source) if source.kind == "hub" else source.path
     try:
         if source.kind == "gguf":
-            return AutoTokenizer.from_pretrained(
-                folder.parent, gguf_file=folder.name, local_files_only=True, trust_remote_code=False
-            )
+            with _gguf_read_once():
+                return AutoTokenizer.from_pretrained(
+                    folder.parent, gguf_file=folder.name, local_files_only=True, trust_remote_code=False
+                )
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise EdgepruneError(
                 f"{source.name} has no tokenizer; expected {' or '.join(TOKENIZER_FILES[:2])} in {folder}"
@@ -464,18 +469,36 @@ def _fetch(source: Source) -> Path:
     raise EdgepruneError(f"{hub_id} on the hub holds no weights; expected safetensors or pytorch_model.bin")
 
 
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Inside, transformers parses a GGUF file once and lists the names of its tensors once.
+
+    By itself it parses the file again for the weights, and lists the names for every module of the model: more than
+    half of the time that SmolLM2 takes.
+    """
+    asked = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, ask in asked.items():
+        setattr(gguf, name, cache(ask))
+    try:
+        yield
+    finally:
+        for name, ask in asked.items():
+            setattr(gguf, name, ask)
+
+
 def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path.parent,
-            gguf_file=source.path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype,
-            local_files_only=True,
-            # None would ask, and a GGUF file brings no code: what lies beside it is another model's.
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _gguf_read_once():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path.parent,
+                gguf_file=source.path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                local_files_only=True,
+                # None would ask, and a GGUF file brings no code: what lies beside it is another model's.
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
         raise EdgepruneError(f"cannot load {source.path}: {one_line(error)}") from error
     model, info = loaded

@@ -59,11 +59,14 @@ def test_checkpoint_only_replaces_checkpoints_alone(model_folder: Path, text_fil
     assert "is not a checkpoint folder" in outcome.err
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "fusion", "obs"])
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [("wanda-sp", "judged"), ("wanda-sp", "protect"), ("fusion", "protect"), ("obs", "judged")],
+)
 def test_streamed_blocks_give_the_same_bytes_as_blocks_that_stay(
-    method: str, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, allocation: str, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--checkpoint-only", "--method", method)
+    arguments = ("--checkpoint-only", "--method", method, "--allocation", allocation)
     assert compress(model_folder, text_file, tmp_path / "roomy", *arguments).code == 0
     most, run, fit = 0, Decoder.run, memory.fit
 

