@@ -47,16 +47,20 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: runs the app; an `EdgepruneError` becomes one line on stderr and its exit code.
+    """Entry point: runs the app; an `EdgepruneError` or wrong usage becomes one line on stderr and its exit code.
 
     SIGTERM ends it as an interrupt does, so that what was half-written is cleared away.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except EdgepruneError as error:
         message = " ".join(str(error).split())
         typer.echo(f"edgeprune: {message}", err=True)
+        sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        if message := error.format_message():  # empty without any argument: the help was shown
+            typer.echo(f"edgeprune: {message.removesuffix('.')}; --help says what is expected", err=True)
         sys.exit(error.exit_code)
 
 

@@ -173,7 +173,7 @@ def evaluate(
     tokenizer = Tokenizer.load(bundle)
     source = read_text(text, rows_joined=rows_joined)
     _say_packed(bundle, provider, quiet)
-    decoder = Decoder(bundle, provider=provider, threads=threads)
+    decoder = Decoder(bundle, provider=provider, threads=threads, tokens=window)
     with _progress("windows", quiet) as advance:
         result = measure_perplexity(
             decoder,

@@ -21,7 +21,9 @@ LEVEL_WIDTH = max(map(len, STYLES))
 def doctor(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[BUNDLE]", help="Folder of a bundle to hold against it.", show_default=False),
+        typer.Argument(
+            metavar="[BUNDLE]", help="Folder of a bundle to hold against it, or a .ort file in one.", show_default=False
+        ),
     ] = None,
     provider: Provider = "cpu",
     variant: Annotated[

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from edgeprune_export.targets import Target
     from edgeprune_runtime.bundle import Manifest
 
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 64, 512
+
 
 @app.command(rich_help_panel="On the workstation")
 def export(
@@ -64,8 +66,13 @@ def export(
             show_default=False,
         ),
     ] = None,
-    calibration_sequences: Annotated[int, typer.Option(help="Sequences of that text.")] = 64,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
+    calibration_sequences: Annotated[
+        int | None,
+        typer.Option(help=f"Sequences of that text; default: {CALIBRATION_SEQUENCES}.", show_default=False),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help=f"Tokens of each sequence; default: {CALIBRATION_TOKENS}.", show_default=False)
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What to call the model; default: from the checkpoint.", show_default=False)
     ] = None,
@@ -109,12 +116,17 @@ def export(
     from edgeprune_export.exporting import check_bundle
     from edgeprune_export.exporting import export as write_bundle
     from edgeprune_export.model_card import Origin
-    from edgeprune_export.quantize import with_gates
+    from edgeprune_export.quantize import as_options, with_gates
     from edgeprune_export.targets import choose
     from edgeprune_runtime.errors import EdgepruneError, GateError
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.text import read_text
 
+    if not checkpoint.is_dir():
+        raise EdgepruneError(
+            f"{str(checkpoint)!r} is not a folder; give that of a checkpoint, or prune with `edgeprune compress "
+            f"{checkpoint}`, which takes hub ids and .gguf files too and writes checkpoint and bundle"
+        )
     check_bundle(output, force=force)
     choice = choose(
         target,
@@ -131,6 +143,9 @@ def export(
             f"--calibration would change nothing of {', '.join(each.name for each in precisions)}: int4 alone is "
             "fitted to text; leave it out, or name int4 in --precision"
         )
+    of_calibration = {"calibration_sequences": calibration_sequences, "calibration_tokens": calibration_tokens}
+    if calibration is None and (given := as_options(of_calibration)):
+        raise EdgepruneError(f"{given} would change nothing without --calibration; leave it out, or give a text there")
     max_memory_bytes = None if max_memory is None else parse_size(max_memory)
     texts = None if text is None else [read_text(text).text]
     stages = Stages(quiet)
@@ -189,7 +204,7 @@ def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Pa
         yield folder
 
 
-def _rounding_data(checkpoint: Path, spec: str, sequences: int, length_tokens: int) -> "RoundingData":
+def _rounding_data(checkpoint: Path, spec: str, sequences: int | None, length_tokens: int | None) -> "RoundingData":
     """The calibration text of a checkpoint."""
     from edgeprune.calibration import gather
     from edgeprune.checkpoint import open_decoder
@@ -199,7 +214,13 @@ def _rounding_data(checkpoint: Path, spec: str, sequences: int, length_tokens: i
 
     tokenizer = load_tokenizer(open_source(str(checkpoint)))
     decoder = open_decoder(checkpoint)
-    found = gather(spec, tokenizer, decoder, sequences=sequences, length_tokens=length_tokens)
+    found = gather(
+        spec,
+        tokenizer,
+        decoder,
+        sequences=CALIBRATION_SEQUENCES if sequences is None else sequences,
+        length_tokens=CALIBRATION_TOKENS if length_tokens is None else length_tokens,
+    )
     return RoundingData(found, fastest_dtype())
 
 

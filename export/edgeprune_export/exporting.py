@@ -62,6 +62,7 @@ from edgeprune_runtime.bundle import (
 )
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.output import atomic_folder, check_output, check_space
+from edgeprune_runtime.tokenizer import read_tokenizer
 
 Progress = Callable[[str, float], None]
 """Hears the name of a stage and the share of it that is done."""
@@ -323,8 +324,7 @@ def _write_files(
     for file in (*REQUIRED_FILES, *OPTIONAL_FILES):
         if (checkpoint / file).is_file():
             shutil.copyfile(checkpoint / file, folder / file)
-    if (folder / CHAT_TEMPLATE_FILE).exists():
-        _state_chat_template(folder)
+    _state_in_tokenizer_config(folder)
     data = stock_config(read_json(checkpoint / CONFIG_FILE), str(checkpoint))
     for key in (UNSAFE_CONFIG_KEYS | {LAYOUT_KEY}) & set(data):
         del data[key]
@@ -342,16 +342,24 @@ def _write_files(
     _write_json(folder / GENAI_CONFIG_FILE, genai_config(manifest, variant=manifest.default_variant))
 
 
-def _state_chat_template(folder: Path) -> None:
-    """Write the chat template into the tokenizer's config as well: transformers.js looks for it nowhere else."""
-    try:
-        template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EdgepruneError(
-            f"{CHAT_TEMPLATE_FILE} of the checkpoint is not UTF-8 text ({error}); save the tokenizer again"
-        ) from error
+def _state_in_tokenizer_config(folder: Path) -> None:
+    """Write into the tokenizer's config what transformers.js looks for nowhere else.
+
+    That is the chat template, and whether a text begins with a special token.
+    """
+    stated: dict[str, Any] = {}
+    if (folder / CHAT_TEMPLATE_FILE).exists():
+        try:
+            stated["chat_template"] = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise EdgepruneError(
+                f"{CHAT_TEMPLATE_FILE} of the checkpoint is not UTF-8 text ({error}); save the tokenizer again"
+            ) from error
+    tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
+    if tokenizer.encode("a").ids[:1] != tokenizer.encode("a", add_special_tokens=False).ids[:1]:
+        stated["add_bos_token"] = True
     path = folder / TOKENIZER_CONFIG_FILE
-    _write_json(path, {**read_json(path), "chat_template": template})
+    _write_json(path, read_json(path) | stated)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

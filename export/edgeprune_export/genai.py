@@ -12,11 +12,15 @@ from edgeprune_runtime.bundle import Manifest, graph_file
 # A session allocates its KV cache for this many tokens at once; a context of 128k would take gigabytes.
 MAX_LENGTH_TOKENS = 4096
 
+# Target -> what onnxruntime-genai calls its provider; all else runs on the CPU there.
+PROVIDERS = {"cuda": "cuda", "directml": "dml"}
+
 
 def genai_config(manifest: Manifest, *, variant: str) -> dict[str, Any]:
     """The configuration for one variant of a bundle."""
     layers = manifest.layers
     # Only GroupQueryAttention can write new keys into the buffer that holds the old ones.
+    options: list[dict[str, Any]] = [{PROVIDERS[manifest.target]: {}}] if manifest.target in PROVIDERS else []
     share_buffer = manifest.variants[variant].graph_source == "decoder"
     return {
         "model": {
@@ -27,7 +31,7 @@ def genai_config(manifest: Manifest, *, variant: str) -> dict[str, Any]:
             "eos_token_id": list(manifest.eos_token_ids),
             "pad_token_id": _or(manifest.pad_token_id, manifest.eos_token_ids),
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
                 "filename": graph_file(variant),
                 "hidden_size": manifest.hidden_size,
                 "head_size": max(layer.head_dim for layer in layers),

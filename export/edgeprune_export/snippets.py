@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from edgeprune_export.targets import Target
 from edgeprune_runtime.bundle import Manifest, transformers_js_dtype
 
 OPTIMUM = "optimum"
@@ -48,8 +49,8 @@ SNIPPETS: Mapping[str, Snippet] = {
         "pip install edgeprune",
         "sh",
         """\
-edgeprune doctor BUNDLE
-edgeprune run BUNDLE --prompt "What is water?"
+edgeprune doctor BUNDLE$provider_option
+edgeprune run BUNDLE$provider_option --prompt "What is water?"
 """,
         remark="`edgeprune validate BUNDLE` checks that it computes what it should, without torch. In Python:",
     ),
@@ -66,7 +67,7 @@ from edgeprune_runtime.tokenizer import Tokenizer
 bundle = open_bundle("BUNDLE")
 tokenizer = Tokenizer.load(bundle)
 prompt = tokenizer.encode("Water is")
-print(tokenizer.decode(list(Generation(Decoder(bundle), prompt, max_new_tokens=64))))
+print(tokenizer.decode(list(Generation(Decoder(bundle$provider_argument), prompt, max_new_tokens=64))))
 """,
         """\
 from edgeprune_runtime.bundle import open_bundle
@@ -77,7 +78,7 @@ from edgeprune_runtime.tokenizer import Tokenizer
 bundle = open_bundle("BUNDLE")
 tokenizer = Tokenizer.load(bundle)
 prompt = tokenizer.encode_chat([{"role": "user", "content": "What is water?"}])
-print(tokenizer.decode(list(Generation(Decoder(bundle), prompt, max_new_tokens=64))))
+print(tokenizer.decode(list(Generation(Decoder(bundle$provider_argument), prompt, max_new_tokens=64))))
 """,
     ),
     "onnxruntime-genai": Snippet(
@@ -89,6 +90,7 @@ import onnxruntime_genai as og
 
 model = og.Model("BUNDLE")
 tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens=True)
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=$max_length)
 generator = og.Generator(model, params)
@@ -121,14 +123,14 @@ print(tokenizer.decode(generator.get_sequence(0)))
         """\
 import { pipeline } from "@huggingface/transformers";
 
-const generate = await pipeline("text-generation", "BUNDLE", { dtype: "$dtype" });
+const generate = await pipeline("text-generation", "BUNDLE", { ${device}dtype: "$dtype" });
 const [{ generated_text }] = await generate("Water is", { max_new_tokens: 64 });
 console.log(generated_text);
 """,
         """\
 import { pipeline } from "@huggingface/transformers";
 
-const generate = await pipeline("text-generation", "BUNDLE", { dtype: "$dtype" });
+const generate = await pipeline("text-generation", "BUNDLE", { ${device}dtype: "$dtype" });
 const messages = [{ role: "user", content: "What is water?" }];
 const [{ generated_text }] = await generate(messages, { max_new_tokens: 64 });
 console.log(generated_text.at(-1).content);
@@ -143,6 +145,7 @@ console.log(generated_text.at(-1).content);
 lm_eval --model onnxruntime --model_args pretrained=BUNDLE,max_length=$lm_eval_length --tasks lambada_openai
 lm_eval --model onnxruntime-genai --model_args pretrained=BUNDLE,max_length=$lm_eval_length --tasks lambada_openai
 """,
+        remark="Its ONNX backends put no token before a text; `edgeprune eval` does where the tokenizer does.",
     ),
     "onnxruntime": Snippet(
         "onnxruntime alone",
@@ -222,7 +225,12 @@ def _values(manifest: Manifest) -> dict[str, str]:
     """What the dollar signs of the snippets stand for."""
     name = manifest.default_variant
     graph = manifest.variants[name].graph
+    provider = "cpu" if manifest.target is None else Target.find(manifest.target).provider
+    is_on_cpu = provider == "cpu"
     return {
+        "provider_option": "" if is_on_cpu else f" --provider {provider}",
+        "provider_argument": "" if is_on_cpu else f', provider="{provider}"',
+        "device": 'device: "webgpu", ' if provider == "webgpu" else "",
         "graph": graph,
         "file": Path(graph).name,
         "dtype": transformers_js_dtype(name),

@@ -312,6 +312,11 @@ class Bundle:
         return self.folder / (self.ort_file or self.variant.graph)
 
     @property
+    def graph_files(self) -> tuple[str, ...]:
+        """Relative paths of that graph and its data."""
+        return (self.ort_file,) if self.ort_file else (self.variant.graph, *self.variant.data)
+
+    @property
     def is_sparse(self) -> bool:
         """Whether weights have zeros in a pattern, which was counted when the bundle was written."""
         return ZEROS in self.manifest.results
@@ -319,8 +324,7 @@ class Bundle:
     @property
     def size_bytes(self) -> int:
         """Bytes of that graph and its data."""
-        names = (self.ort_file,) if self.ort_file else (self.variant.graph, *self.variant.data)
-        return sum(self.manifest.files[name].size_bytes for name in names)
+        return sum(self.manifest.files[name].size_bytes for name in self.graph_files)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -345,6 +349,18 @@ def open_bundle(folder: Path | str, variant: str | None = None, verify: bool = F
     Raises:
         EdgepruneError: in one line, at the first thing that is not as the manifest says.
     """
+    bundle = find_bundle(folder, variant)
+    for name in bundle.manifest.files:
+        check_file(bundle, name, verify=verify)
+    return bundle
+
+
+def find_bundle(folder: Path | str, variant: str | None = None) -> Bundle:
+    """The bundle that `open_bundle` opens, its manifest read and no other file looked at.
+
+    Raises:
+        EdgepruneError: if there is none, or it has no such variant or file.
+    """
     folder, ort_file = Path(folder), None
     if folder.suffix == ORT_SUFFIX and not folder.is_dir():
         folder, ort_file = _bundle_of(folder)
@@ -354,10 +370,7 @@ def open_bundle(folder: Path | str, variant: str | None = None, verify: bool = F
         raise EdgepruneError(f"{folder} has no variant {chosen!r}; it has {', '.join(sorted(manifest.variants))}")
     if ort_file is not None and chosen != _variant_of(manifest, ort_file):
         raise EdgepruneError(f"{folder / ort_file} is not the variant {chosen!r}; give the file alone")
-    bundle = Bundle(folder, manifest, chosen, ort_file)
-    for name in manifest.files:
-        check_file(bundle, name, verify=verify)
-    return bundle
+    return Bundle(folder, manifest, chosen, ort_file)
 
 
 def _bundle_of(file: Path) -> tuple[Path, str]:

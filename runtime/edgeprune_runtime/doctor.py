@@ -22,7 +22,7 @@ from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.limits import memory_limit_bytes, usable_cpus
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.report import format_bytes
-from edgeprune_runtime.session import PROVIDERS
+from edgeprune_runtime.session import PROVIDERS, package_of
 from edgeprune_runtime.untrusted import Json
 
 Level = Literal["ok", "note", "problem"]
@@ -233,7 +233,8 @@ def _examine_providers(here: Here, provider: str) -> Finding:
             "problem",
             "providers",
             f"{found}, and not {provider}",
-            "install the onnxruntime package that carries it in place of this one, or take --provider cpu",
+            f"install {package_of(provider)}, {dotted(MIN_ONNXRUNTIME)} or later, "
+            "in place of this one, or take --provider cpu",
         )
     return Finding("ok", "providers", found, figures={"providers": list(here.providers)})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from edgeprune_runtime.bundle import GENAI_CONFIG_FILE, Bundle, Manifest, check_file
+from edgeprune_runtime.bundle import GENAI_CONFIG_FILE, Bundle, check_file, find_bundle
 from edgeprune_runtime.cpu_features import FAST_INT8, X86_MACHINES, features_of
 from edgeprune_runtime.doctor import GENAI, MIN_GENAI, Finding, Here, Level, dotted, release
 from edgeprune_runtime.errors import EdgepruneError
@@ -57,22 +57,20 @@ def examine_bundle(
 ) -> tuple[Finding, ...]:
     """Whether a bundle is whole, loads here and fits; every variant is looked at, the chosen one decides.
 
-    What keeps another variant than the chosen one (None: the manifest's default) from running is a note.
+    What keeps another variant than the chosen one (None: the manifest's default) from running is a note. Of a bundle's
+    file in the ORT format, given as `folder`, nothing but that file is tried.
 
     Raises:
         EdgepruneError: if the folder is no bundle, or has no such variant.
     """
-    manifest = Manifest.load(folder)
-    chosen = variant or manifest.default_variant
-    if chosen not in manifest.variants:
-        raise EdgepruneError(f"{folder} has no variant {chosen!r}; it has {', '.join(sorted(manifest.variants))}")
-    bundle = Bundle(folder, manifest, chosen)
+    bundle = find_bundle(folder, variant)
+    chosen = bundle.variant_name
     broken = dict(_broken_files(bundle, verify=verify))
     findings = [_describe(bundle), *_examine_files(bundle, broken, verify=verify)]
     fitting = []
-    for name, each in manifest.variants.items():
+    for name in (chosen,) if bundle.ort_file else bundle.manifest.variants:
         of_variant = replace(bundle, variant_name=name)
-        is_broken = not broken.keys().isdisjoint((each.graph, *each.data))
+        is_broken = not broken.keys().isdisjoint(of_variant.graph_files)
         found = [
             *_examine_variant(of_variant, here, provider, is_broken=is_broken),
             *_examine_packed(of_variant, provider, verify=verify),
@@ -82,7 +80,9 @@ def examine_bundle(
         findings += found if name == chosen else [_lowered(finding) for finding in found]
     if fitting and chosen not in fitting:
         findings.append(Finding("note", "variants", f"{', '.join(fitting)} would run here", f"--variant {fitting[0]}"))
-    return (*findings, *_examine_genai(bundle, here), Finding("note", "estimates", HOW_ESTIMATED, ESTIMATES_ADVICE))
+    if not bundle.ort_file:
+        findings += _examine_genai(bundle, here)
+    return (*findings, Finding("note", "estimates", HOW_ESTIMATED, ESTIMATES_ADVICE))
 
 
 def _describe(bundle: Bundle) -> Finding:
@@ -182,7 +182,7 @@ def _load(bundle: Bundle, provider: str) -> str:
         except LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:400] or type(error).__name__
             raise EdgepruneError(
-                f"ONNX Runtime cannot load {bundle.variant.graph}: {reason}; make the bundle again"
+                f"ONNX Runtime cannot load {bundle.graph_path}: {reason}; make the bundle again"
             ) from error
     types = {node.name: str(node.type) for node in session.get_inputs()}
     return types.get("past_key_values.0.key", "")
@@ -194,7 +194,8 @@ def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> i
     The weights count once: they are mapped from the file, and where kernels rearrange a copy, the mapped pages are
     given back. Keys and values count twice, as a step's old and new ones stand beside each other, and so do the logits
     of a piece of a long prompt. A head of small integers is turned into float32 where a prompt is multiplied by it.
-    Cosines and sines of all positions are computed when a graph of the decoder kind is loaded.
+    Cosines and sines of all positions are computed when a graph of the decoder kind is loaded; a file in the ORT format
+    holds them.
     """
     manifest = bundle.manifest
     is_quantised = bundle.size_bytes < manifest.parameters.all * numbers.kv_bytes // 2
@@ -202,7 +203,7 @@ def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> i
     logits = 4 * manifest.vocab_size * min(2 * PREFILL_CHUNK_TOKENS, tokens)
     cache = 2 * numbers.kv_per_token(bundle) * tokens
     widened = 2 * (bundle.size_bytes + cache) if numbers.are_widened else 0
-    has_table = bundle.variant.graph_source == "decoder"
+    has_table = bundle.variant.graph_source == "decoder" and not bundle.ort_file
     table = 4 * max(layer.head_dim for layer in manifest.layers) * manifest.context_tokens if has_table else 0
     return BASE_BYTES + bundle.size_bytes + head + cache + logits + widened + table
 
@@ -268,6 +269,13 @@ def _examine_precision(bundle: Bundle, here: Here) -> Finding | None:
         )
     if name in ("int8", "int8-dynamic", "int4") and not here.features & FAST_INT8:
         wanted = " or ".join(each.name for each in features_of(here.processor) if each.name in FAST_INT8)
+        if "AVX2" in here.features:
+            return Finding(
+                "note",
+                name,
+                f"reads prompts slower than fp32, and writes each token faster: this CPU has AVX2, but no {wanted}",
+                "take fp32 where prompts are long and answers short; edgeprune bench BUNDLE --variant ... measures",
+            )
         return Finding(
             "note",
             name,

@@ -1,6 +1,6 @@
 """ONNX Runtime sessions over a bundle, and the decoder that keeps their KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +14,7 @@ from edgeprune_runtime.bundle import ORT_SUFFIX, Bundle, Manifest
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.limits import usable_cpus
 from edgeprune_runtime.packed import PackedCopy, usable_packed
+from edgeprune_runtime.tensorrt import for_engine, shape_profile
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -40,6 +41,15 @@ PROVIDERS = {
 }
 """Short names of ONNX Runtime's execution providers."""
 
+_PACKAGES = {
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "directml": "onnxruntime-directml",
+    "openvino": "onnxruntime-openvino",
+    "coreml": "onnxruntime for macOS",
+}
+"""What carries an execution provider, where a Python package does."""
+
 # The KV cache stays where the provider computes; every other provider takes it from ordinary memory.
 _CACHE_DEVICE = {"cuda": "cuda", "tensorrt": "cuda", "tensorrt-rtx": "cuda"}
 _DTYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -65,6 +75,10 @@ class OutOfMemoryError(EdgepruneError):
     """The memory at hand, or the limit set, does not hold the model and its cache."""
 
 
+# What a provider is told beside the graph is ours or follows from widths: no option comes from a bundle, which is not
+# trusted, and options name folders and libraries too.
+_OPTIONS = {"coreml": {"ModelFormat": "MLProgram"}}
+"""What a provider is told whatever it runs; CoreML's older format, its default, takes fewer products."""
 _SPARSE_OPTIONS = {"tensorrt": {"trt_sparsity_enable": "1"}}
 """What lets a provider use kernels for weights of which two in four are zero; it takes them where they are faster."""
 
@@ -75,6 +89,7 @@ def make_session(
     provider: str = "cpu",
     threads: int | None = None,
     is_sparse: bool = False,
+    shapes: Mapping[str, str] | None = None,
     keeps_memory: bool = True,
 ) -> "InferenceSession":
     """A session over a graph, at the optimisation level that ships, on exactly the provider asked for.
@@ -84,6 +99,7 @@ def make_session(
         provider: A key of `PROVIDERS`.
         threads: Threads inside an operator; None takes `usable_cpus()`, which heeds affinity and container quota.
         is_sparse: Weights have zeros in a pattern, which TensorRT is told.
+        shapes: Provider options with the shapes that will come (see `tensorrt.py`).
         keeps_memory: What a run has used stays for the next one, which is faster, and takes more.
 
     Raises:
@@ -91,6 +107,7 @@ def make_session(
             graph cannot be loaded.
     """
     name = provider_name(provider)
+    told = {**_OPTIONS.get(provider, {}), **(_SPARSE_OPTIONS.get(provider, {}) if is_sparse else {}), **(shapes or {})}
     if threads is not None and threads < 1:
         raise EdgepruneError(f"threads is {threads}; at least 1 was expected")
     options = onnxruntime.SessionOptions()
@@ -111,8 +128,9 @@ def make_session(
         options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
         options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
     try:
-        chosen = (name, _SPARSE_OPTIONS[provider]) if is_sparse and provider in _SPARSE_OPTIONS else name
-        session = onnxruntime.InferenceSession(str(graph), options, providers=[chosen], enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            str(graph), options, providers=[(name, told) if told else name], enable_fallback=0
+        )
     except MemoryError as error:
         raise OutOfMemoryError(f"not enough memory to load {graph}") from error
     except ORT_ERRORS as error:
@@ -140,6 +158,11 @@ def nodes_by_provider(session: "InferenceSession") -> dict[str, int]:
     return counts
 
 
+def package_of(provider: str) -> str:
+    """What to install for a provider, in words."""
+    return _PACKAGES.get(provider, f"an onnxruntime with {provider}")
+
+
 def provider_name(provider: str) -> str:
     """ONNX Runtime's name of a provider that this build has.
 
@@ -153,7 +176,7 @@ def provider_name(provider: str) -> str:
         here = [short for short, name in PROVIDERS.items() if name in available]
         raise EdgepruneError(
             f"this ONNX Runtime {onnxruntime.__version__} has no provider {provider!r}, it has {', '.join(here)}; "
-            "install the onnxruntime package that carries it"
+            f"install {package_of(provider)}, or take --provider cpu"
         )
     return PROVIDERS[provider]
 
@@ -187,11 +210,18 @@ class Decoder:
     would compute wrongly without any error is refused.
 
     `packed` is the packed copy that is run instead of the variant's own graph, None where there is none for this
-    machine (see `packed.py`).
+    machine (see `packed.py`). `manifest` is the bundle's; on TensorRT its context may be shorter (see `tensorrt.py`).
     """
 
     def __init__(
-        self, bundle: Bundle, *, provider: str = "cpu", threads: int | None = None, graph: Path | None = None
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        graph: Path | None = None,
+        rows: int = 1,
+        tokens: int | None = None,
     ) -> None:
         """Open the session.
 
@@ -200,6 +230,8 @@ class Decoder:
             provider: A key of `PROVIDERS`.
             threads: As `make_session` takes them.
             graph: What to run; None takes the variant's packed copy where that is for this machine, else its graph.
+            rows: The most that will come at once; TensorRT takes no more than it was told.
+            tokens: The most new ones that a row will have at once, likewise; None: as `prefill` feeds one row.
 
         Raises:
             EdgepruneError: if it cannot be loaded, or is not what the manifest promises.
@@ -210,7 +242,14 @@ class Decoder:
         self.threads = threads or usable_cpus()
         self.packed: PackedCopy | None = usable_packed(bundle, provider) if graph is None else None
         graph = graph or (self.packed.graph if self.packed else bundle.graph_path)
-        self.session = make_session(graph, provider=provider, threads=self.threads, is_sparse=bundle.is_sparse)
+        shapes = None
+        if provider == "tensorrt" and bundle.variant.graph_source == "plain":  # of others it takes pieces
+            tokens = tokens or PREFILL_CHUNK_TOKENS
+            self.manifest = for_engine(bundle.manifest, tokens=tokens)
+            shapes = shape_profile(self.manifest, rows=rows, tokens=tokens)
+        self.session = make_session(
+            graph, provider=provider, threads=self.threads, is_sparse=bundle.is_sparse, shapes=shapes
+        )
         self._inputs = _check_signature(bundle.manifest, graph, self.session)
         self._cache_device = _CACHE_DEVICE.get(provider, "cpu")
 
@@ -361,7 +400,7 @@ def check_context(manifest: Manifest, tokens: int) -> None:
     """
     if tokens > manifest.context_tokens:
         raise EdgepruneError(
-            f"{tokens} tokens were asked for, the model's context holds {manifest.context_tokens}; shorten the prompt"
+            f"{tokens} tokens were asked for, the context holds {manifest.context_tokens}; shorten the prompt"
         )
 
 

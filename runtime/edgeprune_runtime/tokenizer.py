@@ -41,16 +41,7 @@ class Tokenizer:
         Raises:
             EdgepruneError: if its files are missing, broken, or make ids outside the bundle's vocabulary.
         """
-        path = bundle.file(TOKENIZER_FILE)
-        if path.stat().st_size > _MAX_TOKENIZER_BYTES:
-            raise EdgepruneError(f"{path} is larger than {_MAX_TOKENIZER_BYTES >> 20} MiB; it is not a tokenizer")
-        try:
-            fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the Rust binding raises bare Exception for a file it cannot parse
-            raise EdgepruneError(f"{path} is not a tokenizer ({error}); copy the bundle again") from error
-        # A file made for batches may carry padding and truncation, which would silently change a text's tokens.
-        fast.no_padding()
-        fast.no_truncation()
+        fast = read_tokenizer(bundle.file(TOKENIZER_FILE))
         config = read_json(bundle.file(TOKENIZER_CONFIG_FILE), limit_bytes=_MAX_CONFIG_BYTES)
         template = _read_template(bundle, config)
         return cls(fast, _special_tokens(config), template)
@@ -86,6 +77,23 @@ class Tokenizer:
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise EdgepruneError(f"the chat template refuses these messages ({error}); try --raw") from error
+
+
+def read_tokenizer(path: Path) -> FastTokenizer:
+    """A `tokenizer.json`, without the padding and truncation that one made for batches may carry.
+
+    Raises:
+        EdgepruneError: if it is broken.
+    """
+    if path.stat().st_size > _MAX_TOKENIZER_BYTES:
+        raise EdgepruneError(f"{path} is larger than {_MAX_TOKENIZER_BYTES >> 20} MiB; it is not a tokenizer")
+    try:
+        fast = FastTokenizer.from_file(str(path))
+    except Exception as error:  # the Rust binding raises bare Exception for a file it cannot parse
+        raise EdgepruneError(f"{path} is not a tokenizer ({error}); copy the folder again") from error
+    fast.no_padding()
+    fast.no_truncation()
+    return fast
 
 
 class TextStream:

@@ -107,7 +107,9 @@ def _checks(bundle: Bundle, packed: PackedCopy | None, provider: str, threads: i
         return
     cases = load_golden(bundle)
     graph = packed.graph if packed else bundle.graph_path
-    decoder = Decoder(bundle, provider=provider, threads=threads, graph=graph)
+    longest = max(len(case.ids) for case in cases)
+    rows = len(_BATCH_LENGTHS)
+    decoder = Decoder(bundle, provider=provider, threads=threads, graph=graph, rows=rows, tokens=longest)
     yield from _check_prefill(decoder, cases)
     yield _check_cached(decoder, cases)
     yield _check_greedy(decoder, cases)

@@ -1,6 +1,7 @@
 """A bundle's file in ONNX Runtime's own format runs, validates and is measured in the place of the folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,27 @@ def test_file_has_the_perplexity_of_its_variant(name: str, variant: str, bundle:
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("name", "variant"), [("model_quantized", "int8"), ("model", "fp32")])
+def test_doctor_looks_at_the_file_alone(name: str, variant: str, bundle: Path) -> None:
+    file = bundle / "ort" / f"{name}.ort"
+    document = last_json(invoke("doctor", file, "--verify", "--json"))
+    assert (document["bundle"], document["problems"]) == (str(file), 0)
+    subjects = [finding["subject"] for finding in document["findings"]]
+    assert {"fp32", "int8", "onnxruntime-genai"} & set(subjects) == {variant}
+    room = document["findings"][subjects.index(variant) + 1]
+    assert room["figures"]["weights_bytes"] == file.stat().st_size
+
+
+def test_doctor_finds_the_file_damaged_where_its_variant_is_not(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    file = copy / "ort" / "model.ort"
+    file.write_bytes(file.read_bytes()[:-1])
+    done = invoke("doctor", file)
+    assert done.code == 1
+    assert "problem  fp32: its files are damaged" in done.out
+    assert "ok       fp32: " in invoke("doctor", copy, "--variant", "fp32").out
+
+
 def test_another_provider_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of such a file ONNX Runtime does not say whether the provider takes any node of it."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])
@@ -87,3 +109,9 @@ def test_mistakes_are_said_in_a_line(file: str, options: tuple[str, ...], messag
     assert (done.code, done.out) == (2, "")
     assert done.err.count("\n") == 1
     assert message in done.err
+
+
+def test_doctor_says_what_is_no_file_of_a_bundle(bundle: Path) -> None:
+    done = invoke("doctor", bundle / "model.ort")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "model.ort does not lie in the folder ort/ of a bundle" in done.err

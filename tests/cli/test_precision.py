@@ -103,6 +103,11 @@ def test_what_cannot_be_written_is_refused_early(
     ("arguments", "message"),
     [
         (("--calibration", "text.txt"), "--calibration would change nothing of fp32: int4 alone is fitted to text"),
+        (
+            ("--precision", "int4", "--calibration-sequences", 8, "--calibration-tokens", 64),
+            "--calibration-sequences 8, --calibration-tokens 64 would change nothing without --calibration",
+        ),
+        (("--precision", "int4", "--calibration-tokens", 512), "--calibration-tokens 512 would change nothing without"),
         (("--min-agreement", 0.5), "--min-agreement would change nothing of fp32, which rounds no weight"),
     ],
 )
@@ -111,6 +116,14 @@ def test_export_refuses_what_would_change_nothing(
 ) -> None:
     refused(invoke("export", wide, "-o", tmp_path / "bundle", "--quiet", *arguments), message)
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "owner/model", "model.gguf"])
+def test_export_says_who_takes_names(name: str, tmp_path: Path) -> None:
+    refused(
+        invoke("export", name, "-o", tmp_path / "bundle", "--quiet"),
+        f"{name!r} is not a folder; give that of a checkpoint, or prune with `edgeprune compress {name}`, which takes",
+    )
 
 
 def test_block_that_does_not_divide_the_hidden_size_is_refused_with_those_that_do(

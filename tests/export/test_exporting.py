@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from exported import genai_continuation, letter_tokenizer, pruned
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from edgeprune.checkpoint import load_pruned
@@ -213,6 +214,18 @@ def test_command_reads_a_text_to_compare_on(checkpoint: Path, tmp_path: Path) ->
     (tmp_path / "text.txt").write_text("A cat sat on the mat and looked at the sea.\n" * 9)
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "text.txt")])
     assert (result.exit_code, result.output) == (0, "")
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_bundle_says_to_transformers_js_whether_texts_begin_with_a_token(begins: bool, tmp_path: Path) -> None:
+    tokenizer = letter_tokenizer(bos_token="^", eos_token="~")
+    if begins:
+        bos = ("^", tokenizer.convert_tokens_to_ids("^"))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="^ $A", special_tokens=[bos])
+    pruned(tmp_path / "toy", "llama", tokenizer=tokenizer, head_dim=16)
+    export(tmp_path / "toy", tmp_path / "bundle")
+    stated = json.loads((tmp_path / "bundle" / "tokenizer_config.json").read_text())
+    assert stated.get("add_bos_token", False) == begins
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])

@@ -33,6 +33,7 @@ from edgeprune_export.model_card import (
     plain,
 )
 from edgeprune_export.snippets import SNIPPETS, optimum_obstacle, snippets
+from edgeprune_export.targets import Target, known_targets
 from edgeprune_runtime.bundle import Layer, Manifest, ModelInfo, Variant, open_bundle
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.report import Report, Table, Verdict
@@ -375,6 +376,16 @@ def test_snippets_name_the_default_variant(manifest: Manifest) -> None:
     assert 'dtype: "q4"' in code["transformers.js"]
     half = Variant("onnx/model_fp16.onnx", ("onnx/model_fp16.onnx_data",), "decoder", 1e-3)
     assert "np.float16" in snippets(replace(manifest, default_variant="fp16", variants={"fp16": half}))["onnxruntime"]
+
+
+@pytest.mark.parametrize("target", known_targets())
+def test_snippets_run_where_the_target_does(manifest: Manifest, target: str) -> None:
+    provider = Target.find(target).provider
+    code = snippets(replace(manifest, target=target))
+    shown = "" if provider == "cpu" else f" --provider {provider}"
+    assert f"edgeprune run BUNDLE{shown} --prompt" in code["edgeprune"]
+    assert (f'Decoder(bundle, provider="{provider}")' in code["edgeprune-python"]) == (provider != "cpu")
+    assert ('device: "webgpu"' in code["transformers.js"]) == (target == "webgpu")
 
 
 def test_snippets_stay_within_a_short_context(manifest: Manifest) -> None:

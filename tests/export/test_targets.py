@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -18,7 +19,7 @@ from edgeprune_export.targets import Target, choose, known_targets
 from edgeprune_runtime.bundle import Bundle, Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.generate import Generation
-from edgeprune_runtime.session import PROVIDERS, Decoder
+from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, PROVIDERS, Decoder
 from edgeprune_runtime.validate import validate
 
 NAMES = known_targets()
@@ -165,20 +166,59 @@ def test_mobile_holds_a_file_for_phones_that_runs(made: Made) -> None:
     assert any(note.startswith("ONNX Runtime's mobile usability check advises") for note in bundle.manifest.notes)
 
 
-def test_tensorrt_gets_shapes_of_every_input_that_agree(made: Made) -> None:
+Range = dict[str, dict[str, tuple[int, ...]]]
+"""Of the smallest, the usual and the largest shapes, those of every input."""
+
+
+def tensorrt_range(folder: Path) -> Range:
+    options = json.loads((folder / "tensorrt_options.json").read_text())
+    assert set(options) == {f"trt_profile_{which}_shapes" for which in ("min", "opt", "max")}
+    found = {}
+    for key, shapes in options.items():
+        pairs = (each.split(":") for each in shapes.split(","))
+        found[key.split("_")[2]] = {name: tuple(map(int, shape.split("x"))) for name, shape in pairs}
+    return found
+
+
+def shapes_of(manifest: Manifest, tokens: int, past: int) -> dict[str, tuple[int, ...]]:
+    """Those of one row with so many new tokens behind a cache."""
+    cache = {
+        f"past_key_values.{index}.{part}": (1, layer.kv_heads, past, layer.head_dim)
+        for index, layer in enumerate(manifest.layers)
+        for part in ("key", "value")
+    }
+    return {"input_ids": (1, tokens), "attention_mask": (1, past + tokens), **cache}
+
+
+@pytest.mark.parametrize("context", [1, 2, 16, 64, 511, 512, 513, 1024, 4096, 8192, 131072])
+def test_tensorrt_range_holds_every_step_of_a_text(context: int, made: Made, tmp_path: Path) -> None:
+    package = Target.find("tensorrt").package
+    assert package is not None
+    manifest = package(tmp_path, replace(made("tensorrt").manifest, context_tokens=context))
+    found = tensorrt_range(tmp_path)
+    most = min(context, 4096)
+    piece = min(PREFILL_CHUNK_TOKENS, most)
+    assert manifest.notes[-1].endswith(f"one row, {piece} new tokens at once and {most} in all")
+    pieces = [(min(piece, most - past), past) for past in range(0, most, piece)]
+    for tokens, past in (*pieces, (1, 0), (1, most - 1)):
+        for name, shape in shapes_of(manifest, tokens, past).items():
+            low, usual, high = (found[which][name] for which in ("min", "opt", "max"))
+            assert all(a <= b <= c for a, b, c in zip(low, usual, high, strict=True)), name
+            assert all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)), name
+
+
+def test_tensorrt_range_has_shapes_that_the_graph_computes(made: Made) -> None:
+    """TensorRT refuses a range whose smallest, usual or largest shapes contradict each other in some operator."""
     bundle = made("tensorrt")
-    options = json.loads((bundle.folder / "tensorrt_options.json").read_text())
-    inputs = {str(value.name): value.shape for value in ir.load(bundle.graph_path).graph.inputs}
-    for which in ("min", "opt", "max"):
-        shapes = dict(each.split(":") for each in options[f"trt_profile_{which}_shapes"].split(","))
-        assert set(shapes) == set(inputs)
-        tokens = int(shapes["input_ids"].split("x")[1])
-        total = int(shapes["attention_mask"].split("x")[1])
-        assert 1 <= tokens <= total <= bundle.manifest.context_tokens
-        for index, layer in enumerate(bundle.manifest.layers):
-            for part in ("key", "value"):
-                expected = f"1x{layer.kv_heads}x{total - tokens}x{layer.head_dim}"
-                assert shapes[f"past_key_values.{index}.{part}"] == expected
+    session = onnxruntime.InferenceSession(bundle.graph_path)
+    for shapes in tensorrt_range(bundle.folder).values():
+        feeds: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        feeds["input_ids"] = feeds["input_ids"].astype(np.int64)
+        feeds["attention_mask"] = np.zeros(shapes["attention_mask"], np.int64)
+        feeds["attention_mask"][:, -shapes["input_ids"][1] :] = 1
+        logits, *presents = session.run(None, feeds)
+        assert logits.shape[:2] == shapes["input_ids"]
+        assert {present.shape[2] for present in presents} == {shapes["attention_mask"][1]}
 
 
 # --- what the user says himself ---------------------------------------------------------------------------------------

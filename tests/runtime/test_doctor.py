@@ -106,6 +106,22 @@ def test_provider_that_this_build_lacks_is_a_problem_and_an_unknown_one_an_error
         examine_machine(SERVER, "cudda")
 
 
+@pytest.mark.parametrize(
+    ("provider", "package"),
+    [
+        ("cuda", "onnxruntime-gpu"),
+        ("tensorrt", "onnxruntime-gpu"),
+        ("directml", "onnxruntime-directml"),
+        ("openvino", "onnxruntime-openvino"),
+        ("coreml", "onnxruntime for macOS"),
+        ("qnn", "an onnxruntime with qnn"),
+    ],
+)
+def test_package_that_carries_a_missing_provider_is_named(provider: str, package: str) -> None:
+    advice = only(examine_machine(SERVER, provider), "providers").advice
+    assert advice == f"install {package}, 1.31 or later, in place of this one, or take --provider cpu"
+
+
 def test_cpu_features_are_told_one_by_one_and_unknown_ones_are_not_guessed() -> None:
     findings = machine()
     assert [only(findings, feature.name).level for feature in X86] == ["ok", "ok", "note", "note", "note"]
@@ -233,10 +249,12 @@ def test_unknown_memory_is_a_note(both_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "processor", "flags", "said"),
     [
-        ("int4", "x86_64", {"avx2"}, "has no AVX-512 VNNI or AVX-VNNI"),
-        ("int8", "aarch64", set(), "has no dotprod or i8mm"),
+        ("int4", "x86_64", {"avx2"}, "reads prompts slower than fp32, and writes each token faster: "),
+        ("int8", "x86_64", {"avx2"}, "but no AVX-512 VNNI or AVX-VNNI"),
+        ("int4", "x86_64", set(), "slow on this CPU, which has no AVX-512 VNNI or AVX-VNNI"),
+        ("int8", "aarch64", set(), "slow on this CPU, which has no dotprod or i8mm"),
         ("int8", "aarch64", {"asimddp"}, None),
-        ("int8-dynamic", "x86_64", {"avx2"}, "has no AVX-512 VNNI or AVX-VNNI"),
+        ("int8-dynamic", "x86_64", {"avx2"}, "no AVX-512 VNNI or AVX-VNNI"),
         ("int4", "x86_64", {"avxvnni"}, None),
         ("fp16", "x86_64", {"avx2"}, "does not compute in float16"),
         ("fp16", "aarch64", {"asimdhp"}, None),
@@ -262,8 +280,8 @@ def test_precision_is_held_against_the_cpu(
         (1, "AMD64", {"avx2"}, "inputs are not rounded (accuracy level 1)"),
         (0, "aarch64", set(), None),
         (4, "x86_64", {"avx512vnni"}, None),
-        (4, "x86_64", {"avx2"}, "has no AVX-512 VNNI or AVX-VNNI"),
-        (None, "x86_64", {"avx2"}, "has no AVX-512 VNNI or AVX-VNNI"),
+        (4, "x86_64", {"avx2"}, "no AVX-512 VNNI or AVX-VNNI"),
+        (None, "x86_64", {"avx2"}, "no AVX-512 VNNI or AVX-VNNI"),
     ],
 )
 def test_accuracy_level_of_the_manifest_decides_what_a_cpu_must_have(

@@ -1,6 +1,7 @@
 """Cached decoding equals one full forward, batches equal their rows alone, and what the graph cannot do is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,9 +12,13 @@ import onnxruntime
 import pytest
 from tiny_bundle import CONTEXT, GRAPH, edit_manifest, record
 
+from edgeprune.cli.device import evaluate
 from edgeprune_runtime.bundle import Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.generate import Generation
 from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, PROVIDERS, Decoder, Side, make_session
+from edgeprune_runtime.tensorrt import MAX_TOKENS
+from edgeprune_runtime.validate import validate
 
 ATOL = 1e-4
 ROWS = [list(range(5, 25)), list(range(40, 47)), [9]]
@@ -189,16 +194,105 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return Accelerated.asked
 
 
-def test_tensorrt_is_told_of_a_pattern_of_zeros_and_nobody_else(folder: Path, asked: list[Any]) -> None:
+MLPROGRAM = {"ModelFormat": "MLProgram"}
+
+
+def test_only_tensorrt_is_told_of_a_pattern_of_zeros_and_coreml_of_its_format(folder: Path, asked: list[Any]) -> None:
     assert not open_bundle(folder).is_sparse
     for provider, name in PROVIDERS.items():
         Decoder(open_bundle(folder), provider=provider, threads=1)
-        assert asked == [name]
+        assert asked == [(name, MLPROGRAM) if provider == "coreml" else name]
     edit_manifest(folder, results={"zeros": {"weights": 8, "nonzeros": 4, "allowed": 4, "broken": 0}})
     assert open_bundle(folder).is_sparse
+    told = {"coreml": MLPROGRAM, "tensorrt": {"trt_sparsity_enable": "1"}}
     for provider, name in PROVIDERS.items():
         Decoder(open_bundle(folder), provider=provider, threads=1)
-        assert asked == [(name, {"trt_sparsity_enable": "1"}) if provider == "tensorrt" else name]
+        assert asked == [(name, told[provider]) if provider in told else name]
+
+
+Profile = dict[str, tuple[range, ...]]
+"""What each input's dimensions may be."""
+
+
+def pairs(shapes: str) -> list[list[str]]:
+    return [each.split(":") for each in shapes.split(",")]
+
+
+def profile_of(asked: list[Any]) -> Profile:
+    [(name, options)] = asked
+    assert name == "TensorrtExecutionProvider"
+    low, high = (
+        {name: tuple(map(int, shape.split("x"))) for name, shape in pairs(options[key])}
+        for key in ("trt_profile_min_shapes", "trt_profile_max_shapes")
+    )
+    return {name: tuple(range(a, b + 1) for a, b in zip(low[name], high[name], strict=True)) for name in low}
+
+
+@pytest.fixture
+def plain(right_folder: Path, tmp_path: Path) -> Path:
+    """A bundle of the kind that TensorRT takes as a whole, by its own account."""
+    folder = shutil.copytree(right_folder, tmp_path / "plain")
+    variants = json.loads((folder / "edgeprune.json").read_text())["variants"]
+    variants["fp32"]["graph_source"] = "plain"
+    edit_manifest(folder, variants=variants)
+    return folder
+
+
+@pytest.fixture
+def fed(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes of all inputs of every run on TensorRT; each must be what the session was asked to hold."""
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    run = Decoder._run
+
+    def recorded(self: Decoder, feeds: Any, cache: Any, out: Any) -> Any:
+        batch, past = feeds["input_ids"].shape[0], cache.tokens if cache else 0
+        found = {name: value.shape for name, value in feeds.items()}
+        for index, layer in enumerate(self.manifest.layers):
+            for part in ("key", "value"):
+                found[f"past_key_values.{index}.{part}"] = (batch, layer.kv_heads, past, layer.head_dim)
+        profile = profile_of(asked)
+        assert profile.keys() == found.keys()
+        for name, shape in found.items():
+            assert all(size in sizes for size, sizes in zip(shape, profile[name], strict=True)), (name, shape)
+        shapes.append(found)
+        return run(self, feeds, cache, out)
+
+    monkeypatch.setattr("edgeprune_runtime.session._CACHE_DEVICE", {})
+    monkeypatch.setattr(Decoder, "_run", recorded)
+    return shapes
+
+
+def test_whatever_is_fed_to_tensorrt_lies_in_the_profile_it_was_told(
+    plain: Path, fed: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text to the end of the context, a prompt in pieces, rows of a batch, and a window larger than a piece."""
+    monkeypatch.setattr("edgeprune_runtime.session.PREFILL_CHUNK_TOKENS", 6)
+    bundle = open_bundle(plain)
+    list(Generation(Decoder(bundle, provider="tensorrt", threads=1), [7] * 20, max_new_tokens=CONTEXT))
+    assert fed[-1]["past_key_values.0.key"][2] == CONTEXT - 1
+    assert max(shapes["input_ids"][1] for shapes in fed) == 6
+    assert validate(bundle, provider="tensorrt", threads=1).passed
+    assert max(shapes["input_ids"][0] for shapes in fed) == 4
+    (tmp_path / "text").write_text("some text " * 30)
+    evaluate(plain, tmp_path / "text", window=64, provider="tensorrt", threads=1, quiet=True)
+    assert fed[-1]["input_ids"] == (1, 64)
+
+
+def test_engine_is_no_larger_than_memory_allows(plain: Path, asked: list[Any]) -> None:
+    edit_manifest(plain, context_tokens=1 << 31)
+    decoder = Decoder(open_bundle(plain), provider="tensorrt", threads=1)
+    assert decoder.manifest.context_tokens == MAX_TOKENS
+    assert profile_of(asked)["past_key_values.0.key"][2].stop == MAX_TOKENS
+    with pytest.raises(EdgepruneError, match=f"{MAX_TOKENS + 1} tokens were asked for.*shorten the prompt"):
+        decoder.prefill([[7] * (MAX_TOKENS + 1)])
+
+
+def test_graphs_that_tensorrt_takes_in_pieces_get_no_profile(plain: Path, folder: Path, asked: list[Any]) -> None:
+    """It would have to name the inputs of every piece."""
+    Decoder(open_bundle(folder), provider="tensorrt", threads=1)
+    assert asked == ["TensorrtExecutionProvider"]
+    Decoder(open_bundle(plain), provider="cuda", threads=1)
+    assert asked == ["CUDAExecutionProvider"]
 
 
 def test_sparse_bundle_runs_on_the_cpu_as_any_other(folder: Path, both: Decoder) -> None:

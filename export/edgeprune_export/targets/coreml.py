@@ -9,7 +9,8 @@ PROVIDER = "coreml"
 GRAPH_SOURCE = "decoder"
 PRECISIONS = ("fp32",)
 NOTES = (
-    "give the provider the option ModelFormat=MLProgram; its older NeuralNetwork format takes fewer products",
+    "edgeprune asks CoreML for its newer format, which takes more products; a program of your own gives the provider "
+    "the option ModelFormat=MLProgram",
     "norms and attention stay on the CPU; of the variants, CoreML multiplies by float weights only",
 )
 VERIFIED = "checked against torch with the CPU provider; no Apple device was at hand"
