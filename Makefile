@@ -29,7 +29,7 @@ $(DEMO)/report.md: | $(VENV)/.compress
 	$(BIN)/edgeprune compress smollm2-135m --ratio 0.2 -o $(DEMO)
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 -m "not gpu and not consumers"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not consumers"
 
 consumers: $(VENV)/.eval $(CONSUMERS)/.npm $(CONSUMERS)/.optimum
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -rs -m consumers tests/consumers

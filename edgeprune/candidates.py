@@ -42,7 +42,7 @@ Effects = Mapping[int, Sequence[Effect]]
 """Layer -> the effect of each of its options."""
 
 STEP = "search"
-"""In the journal: search-1, search-2 and so on are the answers to the questions of one search."""
+"""In the journal: search-1, search-2 and so on are the answers to the questions of one allocation."""
 
 
 class Candidates:

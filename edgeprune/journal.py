@@ -27,6 +27,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,6 +217,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+@contextmanager
+def passing_journal() -> Iterator[Journal]:
+    """A journal in a temporary folder, for a run that leaves nothing: it goes when the block inside ends."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as name, _full_disk_is_said(Path(name)):
+        yield Journal(Path(name))
 
 
 @contextmanager

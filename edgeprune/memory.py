@@ -157,9 +157,8 @@ class Work:
         refits: whether the refit follows.
         dtype: of the statistics' matrix products.
         graded: sequences that the gradients see.
-        journal_in_memory: there is no folder for the hidden states.
         judges: the allocation judges candidates.
-        searches: it holds whole ones in memory.
+        searches: the allocation holds whole candidates in memory.
         reconstructs: the MLPs are reconstructed after the refit.
         zeros: "mlp" or "all" Linears get zeros; None for none.
         sums_products: they get them by all products of their inputs.
@@ -169,7 +168,6 @@ class Work:
     refits: bool
     dtype: torch.dtype
     graded: int
-    journal_in_memory: bool = False
     judges: bool = False
     searches: bool = False
     reconstructs: bool = False
@@ -197,12 +195,6 @@ class Footprint:
 def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     """Bytes that each phase of a run holds at once."""
     always = LIBRARIES_BYTES + sizes.outside_bytes
-    if work.journal_in_memory:
-        always += (
-            (6 if work.reconstructs else 2) * sizes.hidden_bytes
-            + _moments_bytes(sizes, work)
-            + _inputs_bytes(sizes, work)
-        )
     casts = work.dtype != torch.bfloat16
     head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
     weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)

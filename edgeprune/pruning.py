@@ -3,7 +3,7 @@
 The order of the papers: group, estimate, allocate (`make_plan`), then refit and cut (`apply_plan`). Both walk the model
 block by block and leave what they finish in a journal: the steps of `statistics`, then
 
-    search-N         the answer to the Nth question of a search over widths
+    search-N         the answer to the Nth question about widths, of `judged` or of a search
     plan             the plan
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
     path-L           with the refit "reconstruct": that a block before the first cut was run, nothing else
@@ -152,12 +152,13 @@ class Settings:
         Raises:
             EdgepruneError: if they cannot.
         """
+        refit_too = " --refit least-squares" if self.mode == "reconstruct" and sequences < HELD_OUT_EVERY else ""
         least = 2 * HELD_OUT_EVERY if self.holds_models else HELD_OUT_EVERY  # a search proposes and accepts on others
         if self.reads_moments and sequences < least:
             raise EdgepruneError(
                 f"allocation {self.allocation} compares cuts on one of {HELD_OUT_EVERY} calibration sequences, kept "
                 f"aside, and {sequences} leave too few; raise --calibration-sequences to {least} or more, or use "
-                "--allocation protect"
+                f"--allocation protect{refit_too}"
             )
         if self.mode == "reconstruct" and sequences < HELD_OUT_EVERY:
             raise EdgepruneError(

@@ -1,7 +1,9 @@
 """What `compress` checks before any long work: a wrong value must not come out after minutes."""
 
 import math
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.cli.options import DEFAULT_WINDOW, OUTPUT_KIND, REPORT_FILE, Options
@@ -137,8 +139,11 @@ def check_fits(
                 f"{options.eval_text} has {tokens} tokens, less than one window of {window}; give a "
                 "longer text or a smaller --eval-window"
             )
-    if not options.dry_run:
+    scratch_bytes = max(0, footprint.scratch_bytes - journal.size_bytes)
+    if options.dry_run:
+        check_space(Path(tempfile.gettempdir()), scratch_bytes)
+    else:
         # The most at one time: both bundles and the pruned checkpoint.
         copies = 1.0 - options.ratio if options.checkpoint_only else 3.0 - 2.0 * options.ratio
         result = round(FLOAT32_BYTES * count_parameters(decoder.model) * copies) + SPARE_BYTES
-        check_space(options.output, result + max(0, footprint.scratch_bytes - journal.size_bytes))
+        check_space(options.output, result + scratch_bytes)

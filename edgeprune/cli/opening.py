@@ -39,17 +39,18 @@ def read_eval_text(options: Options) -> "Text | None":
 def open_journal_of(
     options: Options, source: "Source", settings: "Settings", sparsity: "Sparsity | None", ranks: "Ranks"
 ) -> "Iterator[Journal]":
-    """The journal of this command: beside the output, or in memory for a dry run, which writes nothing."""
+    """The journal of this command: beside the output, or in a temporary folder for a dry run, which leaves nothing."""
     import torch
     import transformers
 
     import edgeprune_runtime
-    from edgeprune.journal import Journal, open_journal
+    from edgeprune.journal import open_journal, passing_journal
     from edgeprune.sources import identity
     from edgeprune_runtime.output import remove_parts
 
     if options.dry_run:
-        yield Journal()
+        with passing_journal() as journal:
+            yield journal
         return
     text = Path(options.calibration) if options.calibration is not None else None
     fingerprint = {
@@ -145,7 +146,6 @@ def fit_memory(
         refits=settings.refit != "none" and not options.dry_run,
         dtype=dtype,
         graded=graded_sequences(options, settings),
-        journal_in_memory=options.dry_run,
         judges=settings.reads_moments,
         searches=settings.holds_models,
         reconstructs="reconstruct" in (settings.mode, sparsity and sparsity.mode) and not options.dry_run,

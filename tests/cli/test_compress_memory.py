@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from edgeprune import memory
 from edgeprune.checkpoint import load_pruned
+from edgeprune.journal import Journal
 from edgeprune.memory import LIBRARIES_BYTES
 from edgeprune.plan import PrunePlan
 from edgeprune.streaming import Decoder
@@ -89,9 +90,21 @@ def test_dry_run_within_little_memory(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgeprune.sources.load", lambda *_: pytest.fail("the model was loaded whole"))
-    outcome = compress(model_folder, text_file, tmp_path / "out", "--dry-run", "--max-memory", TIGHT)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    seen: list[list[Path]] = []
+    forget = Journal.forget
+
+    def looked(self: Journal, *names: str) -> None:
+        seen.append(list(tmp_path.rglob("*.rows")))
+        forget(self, *names)
+
+    monkeypatch.setattr(Journal, "forget", looked)
+    judging = ("--allocation", "judged", "--dry-run", "--max-memory", TIGHT)
+    outcome = compress(model_folder, text_file, tmp_path / "out", *judging)
     assert outcome.code == 0, outcome.err
-    assert not list(tmp_path.iterdir())
+    assert any(seen)  # what flows between the blocks lay on the disk
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
 @pytest.mark.parametrize(

@@ -101,15 +101,6 @@ def test_widths_of_seven_billion_parameters_are_judged_in_six_gigabytes() -> Non
     assert of_phases["the judging of a block"] > of_phases["the judging of a cut"] > 0
 
 
-def test_a_dry_run_holds_in_memory_what_others_leave_on_disk() -> None:
-    searching = replace(work("fisher"), judges=True, searches=True)
-    on_disk, in_memory = (
-        phases(SEVEN, replace(searching, journal_in_memory=where), 4096)["the statistics of a block"]
-        for where in (False, True)
-    )
-    assert in_memory - on_disk > SEVEN.layers * SEVEN.gram_bytes
-
-
 def test_steps_become_smaller_to_fit() -> None:
     wide = fitted(100 * GB, "taylor-fine", refits=False)
     narrow = fitted(

@@ -182,6 +182,8 @@ def test_too_few_sequences_are_refused_before_anything_runs(monkeypatch: pytest.
     Settings(0.2, allocation="judged").check_sequences(8)
     with pytest.raises(EdgepruneError, match=r"7 leave too few; raise --calibration-sequences to 8 .* protect"):
         Settings(0.2, allocation="judged").check_sequences(7)
+    with pytest.raises(EdgepruneError, match=r"use --allocation protect --refit least-squares$"):
+        Settings(0.2, allocation="judged", refit="reconstruct").check_sequences(7)
 
 
 def test_one_sequence_kept_aside_judges_rules() -> None:
