@@ -618,7 +618,6 @@ def _ratio_notes(settings: Settings, reached: float) -> tuple[str, ...]:
     if abs(reached - settings.ratio) <= RATIO_TOLERANCE:
         return ()
     return (
-        f"asked to remove {settings.ratio:.1%}, reached {reached:.1%}: equal widths in steps of "
-        f"{settings.align} channels "
-        "come no nearer; --align 1 or another --allocation would",
+        f"asked to remove {settings.ratio:.1%}, reached {reached:.1%}: --allocation {settings.allocation} goes by "
+        f"steps of {settings.align} channels; a smaller --align comes nearer, another --allocation may",
     )
