@@ -24,7 +24,7 @@ pytestmark = [
 
 def edgeprune(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgeprune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
 
 
 @pytest.fixture(scope="module")
