@@ -1,7 +1,7 @@
 """Whole candidates: a model cut this way or that, judged by what it makes of calibration text.
 
-Losses of single layers do not add up over a model: layers that could each go alone make up for each other. So a search
-over widths looks at whole candidates (`Cut`: what every layer keeps). It may ask two things of one:
+Losses of single layers do not add up over a model: layers that could each go alone make up for each other. So rules and
+a search for widths are judged by whole candidates (`Cut`: what every layer keeps). Two things may be asked of one:
 
     divergence(cut)          KL(dense || candidate) of the next token, mean over the tokens, in nats: a forward pass,
                              for which one block is in memory
@@ -45,6 +45,11 @@ STEP = "search"
 """In the journal: search-1, search-2 and so on are the answers to the questions of one allocation."""
 
 
+def judging_sequences(held_out: int, length_tokens: int) -> int:
+    """How many of the sequences kept aside judge: as many as hold `JUDGED_TOKENS`, but two if there are two."""
+    return min(held_out, max(2, JUDGED_TOKENS // length_tokens))
+
+
 class Candidates:
     """Judges cuts of one model on the same tokens. What it has found stays in the journal, question by question.
 
@@ -73,8 +78,8 @@ class Candidates:
             decoder: the dense model.
             layers: its layers, whose scores name the units that go first.
             moments: moments of the inputs of the Linears that read units.
-            ids: tokens to judge on, `(N, T)` int64, of which `JUDGED_TOKENS` or two sequences do; effects are asked
-                for on one half, candidates compared on the other.
+            ids: tokens kept aside, `(N, T)` int64, of which `judging_sequences` judge; effects are asked for on one
+                half of these, candidates compared on the other.
             is_refitted: whether the final cut will be refitted.
             dtype: of the matrix products.
             step_tokens: tokens that go through a block at once.
@@ -87,7 +92,7 @@ class Candidates:
         self._moments = moments
         self._is_refitted = is_refitted
         self._rows = max(1, step_tokens // ids.shape[1])
-        self._ids = ids = ids[: max(2, JUDGED_TOKENS // ids.shape[1])]
+        self._ids = ids = ids[: judging_sequences(*ids.shape)]
         self.proposing = slice(0, len(ids) // 2)
         self.accepting = slice(len(ids) // 2, len(ids))
         self._journal = journal

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from edgeprune.allocation.search import budget
+from edgeprune.candidates import judging_sequences
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
-from edgeprune.reconstruct import JUDGED_TOKENS
 from edgeprune.refit import parse_refit
 from edgeprune.statistics import HELD_OUT_EVERY, Method
 
@@ -105,8 +105,8 @@ def _search_seconds(preset: Preset, pace: Pace) -> float:
     name, _, argument = preset.allocation.partition(":")
     if name not in ("judged", "search"):
         return 0.0
-    held_out = preset.calibration_sequences // HELD_OUT_EVERY * preset.calibration_tokens
-    tokens = min(held_out, JUDGED_TOKENS)
+    held_out = preset.calibration_sequences // HELD_OUT_EVERY
+    tokens = judging_sequences(held_out, preset.calibration_tokens) * preset.calibration_tokens
     of_rules = RULES * (tokens * pace.forward + pace.solve)
     if name == "judged":
         return of_rules

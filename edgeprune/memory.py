@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from edgeprune.candidates import judging_sequences
 from edgeprune.groups import Group
-from edgeprune.reconstruct import JUDGED_TOKENS, SHUFFLED_TOKENS, STEP_TOKENS
+from edgeprune.reconstruct import SHUFFLED_TOKENS, STEP_TOKENS
 from edgeprune.shrink import linear_shapes
 from edgeprune.sparsify import Scope
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, WEIGHT_NEEDS, Method
@@ -135,8 +136,8 @@ class Sizes:
     @property
     def judged_bytes(self) -> int:
         """Hidden states of the tokens that widths are judged on, float32."""
-        tokens = max(2 * self.length_tokens, min(JUDGED_TOKENS, self.sequences * self.length_tokens // HELD_OUT_EVERY))
-        return FLOAT32_BYTES * tokens * self.hidden_size
+        sequences = judging_sequences(self.sequences // HELD_OUT_EVERY, self.length_tokens)
+        return FLOAT32_BYTES * sequences * self.length_tokens * self.hidden_size
 
     @property
     def logit_bytes(self) -> int:

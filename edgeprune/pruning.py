@@ -152,15 +152,15 @@ class Settings:
         Raises:
             EdgepruneError: if they cannot.
         """
-        refit_too = " --refit least-squares" if self.mode == "reconstruct" and sequences < HELD_OUT_EVERY else ""
+        is_refit_blind = self.mode == "reconstruct" and sequences < HELD_OUT_EVERY
         least = 2 * HELD_OUT_EVERY if self.holds_models else HELD_OUT_EVERY  # a search proposes and accepts on others
         if self.reads_moments and sequences < least:
             raise EdgepruneError(
                 f"allocation {self.allocation} compares cuts on one of {HELD_OUT_EVERY} calibration sequences, kept "
                 f"aside, and {sequences} leave too few; raise --calibration-sequences to {least} or more, or use "
-                f"--allocation protect{refit_too}"
+                f"--allocation protect{' --refit least-squares' if is_refit_blind else ''}"
             )
-        if self.mode == "reconstruct" and sequences < HELD_OUT_EVERY:
+        if is_refit_blind:
             raise EdgepruneError(
                 f"refit reconstruct judges itself on one of {HELD_OUT_EVERY} calibration sequences, kept aside, and "
                 f"{sequences} leave none; raise --calibration-sequences to {HELD_OUT_EVERY} or more, or use --refit "

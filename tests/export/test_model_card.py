@@ -23,6 +23,7 @@ from edgeprune.groups import LayerWidths
 from edgeprune.plan import CalibrationRecord, PrunePlan, SparsityRecord
 from edgeprune.sources import Source
 from edgeprune_export.exporting import export
+from edgeprune_export.genai import genai_config
 from edgeprune_export.model_card import (
     CARD_FILE,
     Origin,
@@ -386,6 +387,14 @@ def test_snippets_run_where_the_target_does(manifest: Manifest, target: str) -> 
     assert f"edgeprune run BUNDLE{shown} --prompt" in code["edgeprune"]
     assert (f'Decoder(bundle, provider="{provider}")' in code["edgeprune-python"]) == (provider != "cpu")
     assert ('device: "webgpu"' in code["transformers.js"]) == (target == "webgpu")
+
+
+@pytest.mark.parametrize("target", [None, *known_targets()])
+def test_onnxruntime_genai_is_told_the_targets_provider(manifest: Manifest, target: str | None) -> None:
+    expected = {"cuda": [{"cuda": {}}], "directml": [{"dml": {}}]}
+    config = genai_config(replace(manifest, target=target), variant=manifest.default_variant)
+    options = config["model"]["decoder"]["session_options"]["provider_options"]
+    assert options == expected.get(target or "", [])
 
 
 def test_snippets_stay_within_a_short_context(manifest: Manifest) -> None:
