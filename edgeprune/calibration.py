@@ -87,27 +87,31 @@ def gather(
     model: PreTrainedModel | Decoder,
     *,
     sequences: int = 128,
+    held_out: int = 0,
     length_tokens: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Calibration windows (sequences, length_tokens) of the text that `spec` names (see the top of this file).
+    """Calibration windows (sequences + held_out, length_tokens) of the text that `spec` names.
 
-    `progress` counts the tokens that the model has sampled; reading a text does not call it.
+    Those that are to be held out (`split`) come last. `progress` counts the tokens that the model has sampled; reading
+    a text does not call it.
 
     Raises:
         EdgepruneError: if the text cannot be had, is not text, or holds fewer tokens than asked for.
     """
     decoder = Decoder.of(model)
     _check_size(decoder.config, sequences, length_tokens)
+    wanted = sequences + held_out
     chosen = spec
     if chosen is None:
         chosen = DEFAULT_SPEC if _hub_answers() else SELF_SPEC
     if chosen != SELF_SPEC:
         try:
-            documents, source, limit = _open(chosen, sequences * length_tokens)
+            documents, source, limit = _open(chosen, wanted * length_tokens)
             tokens = _tokenize(documents, tokenizer, limit)
-            return _calibration(_windows(tokens, decoder.config, source, sequences, length_tokens, seed), source, seed)
+            _check_length(tokens, source, sequences, held_out, length_tokens)
+            return _calibration(_windows(tokens, decoder.config, wanted, length_tokens, seed), source, seed)
         except _HubError as error:
             if spec is not None:
                 raise
@@ -119,7 +123,7 @@ def gather(
             "--calibration, or more with --max-memory"
         )
     with decoder.whole() as whole:
-        return _calibration(sample(whole, sequences, length_tokens, seed=seed, progress=progress), source, seed)
+        return _calibration(sample(whole, wanted, length_tokens, seed=seed, progress=progress), source, seed)
 
 
 def split(calibration: Calibration, held_out: int) -> tuple[Calibration, Calibration]:
@@ -309,17 +313,25 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limi
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
+def _check_length(tokens: torch.Tensor, source: str, sequences: int, held_out: int, length_tokens: int) -> None:
+    wanted, available = sequences + held_out, len(tokens) // length_tokens
+    if available >= wanted:
+        return
+    aside = f", {held_out} of them held out for the perplexity," if held_out else ""
+    room = available - held_out
+    raise EdgepruneError(
+        f"calibration text ({source}) has {len(tokens):,} tokens, but {wanted} x {length_tokens} = "
+        f"{wanted * length_tokens:,}{aside} are asked for; give more text, "
+        + (f"at most --calibration-sequences {room}, " if room > 0 else "")
+        + "or fewer --calibration-tokens"
+    )
+
+
 def _windows(
-    tokens: torch.Tensor, config: PreTrainedConfig, source: str, sequences: int, length_tokens: int, seed: int
+    tokens: torch.Tensor, config: PreTrainedConfig, sequences: int, length_tokens: int, seed: int
 ) -> torch.Tensor:
     """Random windows (sequences, length_tokens) of the tokens, none overlapping another."""
     available = len(tokens) // length_tokens
-    if available < sequences:
-        fits = f"at most {available} sequences of {length_tokens} fit" if available else "not even one sequence fits"
-        raise EdgepruneError(
-            f"calibration text ({source}) has {len(tokens):,} tokens, but {sequences} x {length_tokens} = "
-            f"{sequences * length_tokens:,} are asked for; {fits}"
-        )
     largest, vocabulary = int(tokens.max()), config.get_text_config().vocab_size
     if largest >= vocabulary:
         raise EdgepruneError(

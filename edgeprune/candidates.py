@@ -42,7 +42,8 @@ Effects = Mapping[int, Sequence[Effect]]
 """Layer -> the effect of each of its options."""
 
 STEP = "search"
-"""In the journal: search-1, search-2 and so on are the answers to the questions of one allocation."""
+"""In the journal: search-1, search-2 and so on are the answers to the questions of one allocation; search-2-17 is what
+left block 17 when question 2 was interrupted, and search-dense-0-29 what leaves the last dense block."""
 
 
 def judging_sequences(held_out: int, length_tokens: int) -> int:
@@ -111,7 +112,7 @@ class Candidates:
         def judge() -> Entry:
             pieces = list(self._pieces(part))
             self._see_dense(pieces)
-            outputs = self._outputs(cut, pieces)
+            outputs = self._outputs(cut, pieces, self._question)
             total = sum(self._tail(rows, hidden)[0] for rows, hidden in zip(pieces, outputs, strict=True))
             return Entry(facts=total / self._ids[part].numel())
 
@@ -157,7 +158,13 @@ class Candidates:
         pieces = list(self._pieces(part))
         unseen = sum((rows.start, rows.stop) not in self._dense for rows in pieces)
         self._blocks_run, self._blocks_to_run = 0, len(pieces) * runs + unseen * self._decoder.layers
-        return self._journal.remember(f"{STEP}-{self._questions}", judge)
+        answer = self._journal.remember(self._question, judge)
+        self._journal.forget(f"{self._question}-{self._decoder.layers - 1}")
+        return answer
+
+    @property
+    def _question(self) -> str:
+        return f"{STEP}-{self._questions}"
 
     def _pieces(self, part: slice) -> Iterator[slice]:
         first, last, _ = part.indices(len(self._ids))
@@ -174,22 +181,37 @@ class Candidates:
     def _see_dense(self, pieces: Sequence[slice]) -> None:
         """Keep what the dense model's last block puts out, as every question needs it."""
         if unseen := [rows for rows in pieces if (rows.start, rows.stop) not in self._dense]:
-            for rows, hidden in zip(unseen, self._outputs(self._uncut, unseen), strict=True):
+            name = f"{STEP}-dense-{unseen[0].start}-{unseen[-1].stop}"
+            for rows, hidden in zip(unseen, self._outputs(self._uncut, unseen, name), strict=True):
                 self._dense[rows.start, rows.stop] = hidden
 
     @torch.no_grad()
-    def _outputs(self, cut: Cut, pieces: Sequence[slice]) -> list[torch.Tensor]:
-        """What the last block of a candidate puts out, for each piece `(N, T, D)` float32; one block in memory."""
-        states = [self._decoder.embed(self._ids[rows])[0] for rows in pieces]
+    def _outputs(self, cut: Cut, pieces: Sequence[slice], name: str) -> Sequence[torch.Tensor]:
+        """What the last block of a candidate puts out, for each piece `(N, T, D)` float32; one block in memory.
+
+        What leaves a block stays in the journal under this name until the next block has run.
+        """
+        layers, counts = range(self._decoder.layers), [rows.stop - rows.start for rows in pieces]
+        first = next((layer + 1 for layer in reversed(layers) if f"{name}-{layer}" in self._journal), 0)
+        if first:
+            states = self._journal.tensor(f"{name}-{first - 1}", "hidden")
+        else:
+            states = torch.cat([self._decoder.embed(self._ids[rows])[0] for rows in pieces])
+        self._blocks_run += first * len(pieces)
         fitted = self._fitted
-        for layer in range(self._decoder.layers):
+        for layer in layers[first:]:
             self._fitted = dict(fitted)  # what is fitted for this candidate alone goes with its block
             block = self._block(layer, cut[layer])
-            for number, hidden in enumerate(states):
-                states[number] = self._run(layer, block, hidden)
+            output = torch.empty_like(states)
+            for read, written in zip(states.split(counts), output.split(counts), strict=True):
+                written.copy_(self._run(layer, block, read))
+            states = output
             del block  # before the next one is made
+            self._journal.put(f"{name}-{layer}", Entry({"hidden": states}))
+            self._journal.forget(f"{name}-{layer - 1}")
         self._fitted = fitted
-        return states
+        outputs: Sequence[torch.Tensor] = states.split(counts)
+        return outputs
 
     def _tail(
         self, rows: slice, hidden: torch.Tensor, *, with_gradients: bool = False

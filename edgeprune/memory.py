@@ -237,7 +237,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         found["the gradients of a block"] = always + gradients + GRADIENT_STEP * step
         found["the loss"] = always + head + sizes.logit_bytes
     if work.judges:
-        outputs = 2 * sizes.judged_bytes  # the dense model's and the candidate's
+        outputs = 3 * sizes.judged_bytes  # the dense model's, and what a block of the candidate reads and gives
         refit = sizes.block_bytes + grams + REFIT_MATRICES * matrix
         made = max(BLOCK_COPIES * sizes.block_bytes, refit, sizes.block_bytes + weights, weights + step)
         found["the judging of a block"] = always + outputs + made
@@ -257,7 +257,8 @@ def scratch_bytes(sizes: Sizes, work: Work) -> int:
     # the blocks that are cut stay beside those with zeros, so that either walk can be continued
     kept = max(_moments_bytes(sizes, work), (1 if work.zeros is None else 2) * sizes.blocks_bytes)
     paths = 6 if work.reconstructs else 3
-    return kept + sizes.block_bytes + paths * sizes.hidden_bytes + _inputs_bytes(sizes, work)
+    judged = 3 * sizes.judged_bytes if work.judges else 0
+    return kept + judged + sizes.block_bytes + paths * sizes.hidden_bytes + _inputs_bytes(sizes, work)
 
 
 def _moments_bytes(sizes: Sizes, work: Work) -> int:

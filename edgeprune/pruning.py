@@ -570,7 +570,10 @@ def progress_so_far(journal: Journal, layers: int) -> str | None:
     if "plan" in journal:
         return "continues after the plan"
     judged = itertools.takewhile(lambda number: f"{SEARCH_STEP}-{number}" in journal, itertools.count(1))
-    if answers := len(list(judged)):
+    answers = len(list(judged))
+    if begun := done(f"{SEARCH_STEP}-{answers + 1}"):
+        return after(begun[-1] + 1, f"widths, candidate {answers + 1}")
+    if answers:
         return f"continues after {answers} judged candidates (widths)"
     if graded := done("gradients"):
         return after(graded[0] - 1, "gradients")  # they go backward

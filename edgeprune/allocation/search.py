@@ -12,7 +12,7 @@ sequences that are kept aside (`edgeprune.candidates`). A round
 
 Effects are predicted for single steps and the candidate is judged whole, so heads and channels, early and late layers
 are traded by what they do to the output; heads count `HEAD_PRICE` times, as in the other allocations. `search:ROUNDS`
-sets how many rounds (default 6), and `search:MINUTESmin` stops beginning new ones after so many minutes: how far it
+sets how many rounds (default 6), and `search:MINUTESmin` judges no further candidate after so many minutes: how far it
 comes then depends on the machine, and on when it was interrupted.
 """
 
@@ -80,6 +80,8 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
         judge.stage = f"{round_name}, steps"
         moves = _moves(problem, judge, cut, step, judge.proposing)
         for trial, fraction in enumerate(FRACTIONS, 1):
+            if time.monotonic() - began > seconds:
+                break
             candidate = _apply(problem, cut, moves, fraction)
             judge.stage = f"{round_name}, candidate {trial}"
             divergence = judge.divergence(candidate, judge.accepting)

@@ -163,7 +163,7 @@ def calibrate(
     ranks: "Ranks",
     advance: Callable[[int, int], None],
 ) -> "tuple[Calibration, Calibration]":
-    """The calibration text, and what of it is held out for the perplexity (all of it, if the user brings a text)."""
+    """The calibration text, and what of it is held out for the perplexity (all of it, if nothing is)."""
     from edgeprune import calibration as calibrating
 
     aside = held_out_sequences(options)
@@ -173,7 +173,8 @@ def calibrate(
             options.calibration,
             tokenizer,
             decoder,
-            sequences=options.calibration_sequences + aside,
+            sequences=options.calibration_sequences,
+            held_out=aside,
             length_tokens=options.calibration_tokens,
             seed=options.seed,
             progress=advance,

@@ -139,8 +139,8 @@ def sparsity_of(options: Options) -> "Sparsity | None":
 
 
 def held_out_sequences(options: Options) -> int:
-    """Calibration sequences held out for the perplexity: none if the user brings a text."""
-    return 0 if options.eval_text is not None else options.eval_windows
+    """Calibration sequences held out for the perplexity: none if the user brings a text, or none is measured."""
+    return 0 if options.eval_text is not None or options.checkpoint_only else options.eval_windows
 
 
 def graded_sequences(options: Options, settings: "Settings") -> int:

@@ -107,10 +107,15 @@ def test_byte_order_mark_and_crlf_are_no_text(write, tokenizer, model):
 
 
 def test_too_short_text_says_how_many_tokens_it_has_and_what_fits(write, tokenizer, model):
-    with pytest.raises(EdgepruneError, match=r"has 101 tokens, but 8 x 16 = 128 .* at most 6 sequences of 16 fit"):
+    with pytest.raises(EdgepruneError, match=r"has 101 tokens, but 8 x 16 = 128 .* at most --calibration-sequences 6,"):
         gather(write("a.txt", letters(100)), tokenizer, model, sequences=8, length_tokens=16)
-    with pytest.raises(EdgepruneError, match="not even one sequence fits"):
+    with pytest.raises(EdgepruneError, match=r"asked for; give more text, or fewer --calibration-tokens$"):
         gather(write("a.txt", letters(3)), tokenizer, model, sequences=1, length_tokens=16)
+
+
+def test_too_short_text_says_what_is_held_out_of_it(write, tokenizer, model):
+    with pytest.raises(EdgepruneError, match=r"128, 2 of them held out .* at most --calibration-sequences 4,"):
+        gather(write("a.txt", letters(100)), tokenizer, model, sequences=6, held_out=2, length_tokens=16)
 
 
 @pytest.mark.parametrize(
