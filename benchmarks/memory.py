@@ -3,21 +3,27 @@
     python benchmarks/memory.py --folder /big/disk                           # 2, 4 and 8 blocks of a Llama-7B
     python benchmarks/memory.py --folder /big/disk --job export --limit-gb 2.5 --max-memory 2.4GB
     python benchmarks/memory.py --folder /big/disk --blocks 32               # the whole of it
-    python benchmarks/memory.py --folder /big/disk -- --method taylor-fine   # everything behind -- goes to compress
+    python benchmarks/memory.py --folder /big/disk -- --preset fast          # everything behind -- goes to compress
 
 Everything is made on the spot: a checkpoint of the shape of Llama-7B (hidden 4096, 32 heads, MLP 11008, vocabulary
 32,000) with random bfloat16 weights, written shard by shard, a byte-level tokenizer, and random words to calibrate on.
-Random weights say nothing about accuracy, but time and memory do not depend on their values. Each number of blocks is
-one fresh `edgeprune compress FOLDER --checkpoint-only --max-memory SIZE --allocation uniform:mixed`. Blocks that fit
-into --max-memory beside the work are kept there, which is faster but grows with them: to see them streamed, give less
-than the smallest count would need.
+Random weights say nothing about accuracy, and memory does not depend on their values. Each number of blocks is one
+fresh `edgeprune compress FOLDER --checkpoint-only --max-memory SIZE`, all else as a user gets it who says nothing more.
+Blocks that fit into --max-memory beside the work are kept there, which is faster but grows with them: to see them
+streamed, give less than the smallest count would need. The table says of each run which it was, and what `edgeprune`
+reckoned with before it read a weight; the peak has to stay below.
 
 `--job export` is `edgeprune export FOLDER --precision int4 --max-memory SIZE` of the checkpoint as it is. Random
 weights lose nearly everything when they are rounded, so the gate on that is set aside; the one on what the graph
 computes is not.
 
 Pruning in streams of blocks takes a fixed time and a time per block, so a line through a few small counts foretells the
-32 blocks of the whole model; and its memory must not grow with the blocks at all.
+32 blocks of the whole model; and its memory must not grow with the blocks at all. The allocation `judged` tries up to
+two rules more from eight blocks on, as of fewer none is protected (the notes name the rules that were tried), and
+blocks before the first cut are not reconstructed: with it the line is a rough one.
+
+What a finished run took stays in --folder until the table is there: after an interrupt the same command goes on with
+the next run. One that was interrupted itself is measured again from its beginning.
 
 Peak RSS is the kernel's own count at the process's end (wait4, what `/usr/bin/time -v` prints as maximum resident set),
 which no sampling can miss. It holds pages of weight files that are mapped into memory, which the kernel takes back
@@ -32,16 +38,21 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import common
+from results import Results, code_hash
 
+from edgeprune.presets import PRESETS
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.output import check_space
@@ -51,17 +62,13 @@ if TYPE_CHECKING:
     import torch
 
 PROC = Path("/proc")
-SHARDS, CALIBRATION = "shards", "calibration.txt"
+SHARDS, CALIBRATION, RUNS = "shards", "calibration.txt", "runs.jsonl"
 OUTSIDE = "outside.safetensors"
 """Shard of the embedding, the last norm and the vocabulary projection."""
 SAME = 0.05
 """Peaks that differ by less are one and the same: the allocator and the kernel are not exact."""
-ALLOCATION = ("--allocation", "uniform:mixed")
-"""Every block gives the same share, and so takes the same time; others leave some alone, or all of a small count."""
 INT4 = ("--precision", "int4", "--max-perplexity-ratio", "1e9", "--min-agreement", "0")
 SAMPLE_S = 0.1
-HELD_OUT_SEQUENCES = 32
-"""Room for the sequences that `compress` draws besides those it calibrates on."""
 BF16_BYTES = 2
 
 
@@ -108,14 +115,42 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a process took."""
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    peak_anonymous_bytes: int
+
+
+@dataclass(frozen=True)
 class Run:
-    """One compression, as it was measured."""
+    """One compression or export, as it was measured.
+
+    Attributes:
+        blocks: number of decoder blocks.
+        checkpoint_bytes: size of what it read.
+        usage: what it took.
+        footprint: what `compress` reckoned with (`edgeprune.memory.Footprint`); None of an export.
+        plan: how `compress` pruned; None of an export.
+    """
 
     blocks: int
     checkpoint_bytes: int
-    wall_s: float
-    peak_rss_bytes: int
-    peak_anonymous_bytes: int
+    usage: Usage
+    footprint: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+
+    @property
+    def estimate_bytes(self) -> int | None:
+        """The peak that was reckoned with."""
+        return self.footprint and self.footprint["peak_bytes"]
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether all blocks stayed in memory, so that it has to grow with them."""
+        return self.footprint is not None and self.footprint["keeps_blocks"]
 
 
 def main() -> Report:
@@ -131,8 +166,8 @@ def main() -> Report:
     parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
     parser.add_argument("--channels", type=int, default=11008, help="of the MLP (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=32000, help="default: %(default)s")
-    parser.add_argument("--calibration-sequences", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--calibration-tokens", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--calibration-sequences", type=int, help="default: the preset's")
+    parser.add_argument("--calibration-tokens", type=int, help="default: the preset's")
     parser.add_argument("--limit-gb", type=float, default=6.0, help="peak RSS to stay under (default: %(default)s)")
     parser.add_argument("--max-memory", default="6GB", help="for `edgeprune` (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, and use those that are there")
@@ -142,37 +177,83 @@ def main() -> Report:
     _check(shape, args.blocks)
     most = max(args.blocks)
     check_space(args.folder / SHARDS, round((2 - args.ratio) * shape.stored_bytes(most)))
-    folders = [args.folder / f"{blocks}-blocks" for blocks in args.blocks]
+    results = Results(args.folder / RUNS, code_hash())
+    keys = {blocks: _key(args, shape, blocks) for blocks in args.blocks}
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
-            apart.submit(make_checkpoints, shape, args.folder, args.blocks, args.whole).result()
-        text = args.folder / CALIBRATION
-        write_words(text, (args.calibration_sequences + HELD_OUT_SEQUENCES) * args.calibration_tokens)
-        calibration = [
-            *("--calibration", str(text), "--calibration-sequences", str(args.calibration_sequences)),
-            *("--calibration-tokens", str(args.calibration_tokens)),
-        ]
-        runs = []
-        for blocks, folder in zip(args.blocks, folders, strict=True):
-            output = folder.with_name(f"{folder.name}-{args.job}")
-            job = [args.job, str(folder), "--max-memory", args.max_memory]
-            if args.job == "compress":
-                job += ["--ratio", str(args.ratio), "--checkpoint-only", *ALLOCATION, *calibration, *args.options]
-            else:
-                job += [*INT4, *args.options]
-            command = [sys.executable, "-m", "edgeprune", *job, "-o", str(output), "--force"]
-            print(f"{blocks} blocks: {' '.join(command[1:])}", file=sys.stderr, flush=True)
-            wall_s, peak, anonymous = run(command)
-            runs.append(Run(blocks, shape.stored_bytes(blocks), wall_s, peak, anonymous))
-            shutil.rmtree(output)
+        if left := [blocks for blocks, key in keys.items() if results.find(key) is None]:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+                apart.submit(make_checkpoints, shape, args.folder, left, args.whole).result()
+            write_words(args.folder / CALIBRATION, _most_calibration_tokens(args))
+        for blocks in left:
+            results.add(keys[blocks], {"result": asdict(measure(args, shape, blocks)), "code": code_hash()})
     finally:
         if not args.keep:
-            for folder in (args.folder / SHARDS, *folders):
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in (SHARDS, *map(_checkpoint, args.blocks)):
+                shutil.rmtree(args.folder / name, ignore_errors=True)
             (args.folder / CALIBRATION).unlink(missing_ok=True)
+    runs = []
+    for key in keys.values():
+        record = results.find(key)
+        assert record is not None, "all are measured by now"
+        runs.append(Run(**record["result"] | {"usage": Usage(**record["result"]["usage"])}))
+    results.path.unlink()
     done = f"Pruning by {args.ratio:.0%}" if args.job == "compress" else "Exporting to int4"
-    title = f"{done} a Llama of {shape.hidden}/{shape.channels} with random weights"
+    how = " ".join(args.options) or "default options"
+    title = f"{done} a Llama of {shape.hidden}/{shape.channels} with random weights, {how}"
     return make_report(title, runs, args.whole, args.limit_gb, asdict(shape))
+
+
+def _key(args: Namespace, shape: Shape, blocks: int) -> dict[str, Any]:
+    """All that determines what a run takes, but for the code."""
+    return {
+        "shape": asdict(shape),
+        "blocks": blocks,
+        "whole": args.whole,
+        "job": _job(args),
+        "machine": this_machine().to_dict(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "torch": version("torch"),
+    }
+
+
+def _job(args: Namespace) -> list[str]:
+    """The command's arguments but for those that name files."""
+    if args.job == "export":
+        return ["export", "--max-memory", args.max_memory, *INT4, *args.options]
+    job = ["compress", "--max-memory", args.max_memory, "--ratio", str(args.ratio), "--checkpoint-only", "--json"]
+    for name in ("calibration_sequences", "calibration_tokens"):
+        if (count := getattr(args, name)) is not None:
+            job += [f"--{name.replace('_', '-')}", str(count)]
+    return [*job, *args.options]
+
+
+def _most_calibration_tokens(args: Namespace) -> int:
+    """As many as the most careful preset reads, or as were asked for."""
+    sequences = args.calibration_sequences or max(preset.calibration_sequences for preset in PRESETS.values())
+    return sequences * (args.calibration_tokens or max(preset.calibration_tokens for preset in PRESETS.values()))
+
+
+def _checkpoint(blocks: int) -> str:
+    return f"{blocks}-blocks"
+
+
+def measure(args: Namespace, shape: Shape, blocks: int) -> Run:
+    """Run the job on the checkpoint of so many blocks."""
+    folder = args.folder / _checkpoint(blocks)
+    # the job's journal lies beside its output: what an interrupted run has left must not be continued, but measured
+    work = folder.with_name(f"{folder.name}-{args.job}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    name, *arguments = _job(args)
+    calibration = ["--calibration", str(args.folder / CALIBRATION)] if name == "compress" else []
+    command = [sys.executable, "-m", "edgeprune", name, str(folder), *arguments, *calibration]
+    print(f"{blocks} blocks: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+    try:
+        usage, said = run([*command, "-o", str(work / "output")])
+    finally:
+        shutil.rmtree(work)
+    found = json.loads(said.splitlines()[-1])["data"] if name == "compress" else {}
+    return Run(blocks, shape.stored_bytes(blocks), usage, found.get("footprint"), found.get("plan"))
 
 
 def _check(shape: Shape, counts: Sequence[int]) -> None:
@@ -284,15 +365,15 @@ def write_words(path: Path, tokens: int) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def run(command: Sequence[str]) -> tuple[float, int, int]:
-    """Run a command: wall seconds, its peak RSS by the kernel's count, and the most anonymous memory that was sampled.
+def run(command: Sequence[str]) -> tuple[Usage, str]:
+    """Run a command: what it took (all but anonymous memory by the kernel's count), and its standard output.
 
     Raises:
         EdgepruneError: if the command failed; it has said why on standard error.
     """
     anonymous = 0
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said, subprocess.Popen(command, stdout=said) as process:
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
@@ -300,10 +381,12 @@ def run(command: Sequence[str]) -> tuple[float, int, int]:
             anonymous = max(anonymous, _anonymous_bytes(process.pid))
             time.sleep(SAMPLE_S)
         process.returncode = os.waitstatus_to_exitcode(status)
-    wall_s = time.perf_counter() - began
-    if process.returncode != 0:
-        raise EdgepruneError(f"the job ended with exit code {process.returncode}; see its message above")
-    return wall_s, usage.ru_maxrss << 10, anonymous  # Linux counts in KiB
+        wall_s = time.perf_counter() - began
+        if process.returncode != 0:
+            raise EdgepruneError(f"the job ended with exit code {process.returncode}; see its message above")
+        said.seek(0)
+        peak_bytes = usage.ru_maxrss << 10  # Linux counts in KiB
+        return Usage(wall_s, usage.ru_utime + usage.ru_stime, peak_bytes, anonymous), said.read()
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -316,56 +399,80 @@ def _anonymous_bytes(pid: int) -> int:
 
 def make_report(title: str, runs: Sequence[Run], whole: int, limit_gb: float, shape: dict[str, int]) -> Report:
     """The runs, the line through their times, and what the whole model would take."""
-    columns = ("blocks", "checkpoint GB", "wall s", "s per block", "peak RSS GB", "of it anonymous GB")
+    columns = (
+        *("blocks", "checkpoint GB", "wall s", "s per block", "CPU s per block"),
+        *("peak RSS GB", "of it anonymous GB", "reckoned with GB", "all blocks in memory"),
+    )
     rows = tuple(
         (
             run.blocks,
             run.checkpoint_bytes / 1e9,
-            run.wall_s,
-            run.wall_s / run.blocks,
-            run.peak_rss_bytes / 1e9,
-            run.peak_anonymous_bytes / 1e9,
+            run.usage.wall_s,
+            run.usage.wall_s / run.blocks,
+            run.usage.cpu_s / run.blocks,
+            run.usage.peak_rss_bytes / 1e9,
+            run.usage.peak_anonymous_bytes / 1e9,
+            run.estimate_bytes and run.estimate_bytes / 1e9,
+            "yes" if run.keeps_blocks else "no",
         )
         for run in runs
     )
-    peaks = [run.peak_rss_bytes for run in runs]
-    verdicts = [Verdict(f"peak RSS is {max(peaks) / 1e9:.2f} GB, limit {limit_gb:g} GB", max(peaks) < limit_gb * 1e9)]
+    largest = max(run.usage.peak_rss_bytes for run in runs)
+    verdicts = [Verdict(f"peak RSS is {largest / 1e9:.2f} GB, limit {limit_gb:g} GB", largest < limit_gb * 1e9)]
+    shares = [run.usage.peak_rss_bytes / run.estimate_bytes for run in runs if run.estimate_bytes]
+    if shares:
+        verdicts.append(Verdict(f"peak RSS is at most {max(shares):.0%} of what was reckoned with", max(shares) <= 1))
     data: dict[str, object] = {"shape": shape, "runs": [asdict(run) for run in runs]}
-    notes = [f"One block takes {format_bytes(block_bytes(runs))} on disk."] if len(runs) > 1 else []
-    if len(runs) > 1:
-        blocks = [run.blocks for run in runs]
-        growth = statistics.linear_regression(blocks, peaks).slope
-        few, many = (peaks[blocks.index(pick(blocks))] for pick in (min, max))
+    streamed = [run for run in runs if not run.keeps_blocks]
+    if len(streamed) > 1:
+        few, many = (pick(streamed, key=lambda run: run.blocks) for pick in (min, max))
+        times = many.usage.peak_rss_bytes / few.usage.peak_rss_bytes
+        growth = _line(streamed, [run.usage.peak_rss_bytes for run in streamed]).slope
         verdicts.append(
             Verdict(
-                f"peak RSS of {max(blocks)} blocks is {many / few:.3f} times that of {min(blocks)} "
+                f"peak RSS of {many.blocks} blocks is {times:.3f} times that of {few.blocks} "
                 f"({growth / 1e6:+.1f} MB per block)",
-                many <= (1 + SAME) * few,
+                times <= 1 + SAME,
             )
         )
-        seconds = [run.wall_s for run in runs]
-        line = statistics.linear_regression(blocks, seconds)
+        data["growth_bytes"] = growth
+    if len(runs) > 1:
+        seconds = [run.usage.wall_s for run in runs]
+        line, cpu = _line(runs, seconds), _line(runs, [run.usage.cpu_s for run in runs])
         estimate_s = line.intercept + whole * line.slope
         off = max(
-            abs(line.intercept + line.slope * count - wall_s) / wall_s
-            for count, wall_s in zip(blocks, seconds, strict=True)
+            abs(line.intercept + line.slope * run.blocks - wall_s) / wall_s
+            for run, wall_s in zip(runs, seconds, strict=True)
         )
         verdicts.append(
             Verdict(
                 f"time is {line.intercept:.1f} s and {line.slope:.1f} s per block"
                 + (f", within {off:.0%} of every run" if len(runs) > 2 else "")
-                + f"; {whole} blocks would take {estimate_s / 60:.1f} minutes"
+                + f"; {whole} blocks would take {estimate_s / 60:.1f} minutes "
+                f"(CPU: {cpu.intercept:.1f} s and {cpu.slope:.1f} s per block)"
             )
         )
-        data |= {
-            "fixed_s": line.intercept,
-            "block_s": line.slope,
-            "whole_s": estimate_s,
-            "growth_bytes": growth,
-            "largest_miss": off,
-        }
-    table = Table("Time and memory by blocks", columns, rows, (), tuple(notes))
+        data |= {"fixed_s": line.intercept, "block_s": line.slope, "whole_s": estimate_s, "largest_miss": off}
+    table = Table("Time and memory by blocks", columns, rows, (), tuple(_notes(runs)))
     return Report(title, this_machine(), (table,), tuple(verdicts), data)
+
+
+def _line(runs: Sequence[Run], values: Sequence[float]) -> statistics.LinearRegression:
+    return statistics.linear_regression([run.blocks for run in runs], values)
+
+
+def _notes(runs: Sequence[Run]) -> Iterator[str]:
+    """How big a block is, how the job pruned, and what it said of each count of blocks."""
+    if len(runs) > 1:
+        yield f"One block takes {format_bytes(block_bytes(runs))} on disk."
+    pruned = [(run.blocks, run.plan) for run in runs if run.plan is not None]
+    yield from dict.fromkeys(
+        f"importance {plan['method']}, allocation {plan['allocation']}, heads {plan['heads']}, refit {plan['refit']}, "
+        f"statistics in {plan['dtype']}, {plan['calibration']['sequences']} x {plan['calibration']['length_tokens']} "
+        "tokens"
+        for _, plan in pruned
+    )
+    yield from (f"{blocks} blocks: {note}" for blocks, plan in pruned for note in plan["notes"])
 
 
 def block_bytes(runs: Sequence[Run]) -> int:

@@ -2,7 +2,7 @@
 
     time of a preset = tokens x (forward + gradients on a share of them + reconstruction) + refit + rounds of the search
 
-The pace of the walk was measured; what was not is a multiple of it. Text, export and checks are not in it.
+The pace of the walk was measured; what was not is a multiple of it. Text, recovery, export and checks are not in it.
 """
 
 import math

@@ -106,7 +106,7 @@ class Journal:
         with SafetensorsWriter(part, headers, {FACTS: json.dumps(entry.facts)}) as writer:
             for key, tensor in entry.tensors.items():
                 writer.write(key, tensor)
-        part.rename(file)
+        part.replace(file)  # also one of this name that was put before
         _sync_folder(self.folder)
 
     def entry(self, name: str) -> Entry:

@@ -13,6 +13,7 @@ Each phase of a walk holds a few things at once, and the largest phase is what t
     fit         float32 weights of an MLP, their gradients and Adam's moments; tokens that are shuffled
     candidate   a block that is refitted and cut, and what the dense model and the candidate put out: judging widths; a
                 whole cut model, refitted pieces of others, and hidden states between all blocks: searching for them
+    recovery    all blocks in float32, adapters with gradients and Adam's moments, hidden states between all blocks
 
 They are estimates on the safe side; a test and a benchmark hold them against what is measured.
 """
@@ -22,11 +23,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from edgeprune.candidates import judging_sequences
 from edgeprune.groups import Group
 from edgeprune.reconstruct import SHUFFLED_TOKENS, STEP_TOKENS
-from edgeprune.shrink import linear_shapes
+from edgeprune.recover import MOMENTS, RANK
+from edgeprune.shrink import Linear, linear_shapes
 from edgeprune.sparsify import Scope
 from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, WEIGHT_NEEDS, Method
 from edgeprune.streaming import LOGIT_BYTES, LOGIT_COPIES, Decoder
@@ -63,6 +66,10 @@ ZEROS_MATRICES, ZEROS_COPIES = 6, 8
 """While a Linear gets its zeros: float64 matrices of its inputs (the eigenvectors of ALPS, and what LAPACK works in),
 and float32 ones of its weight (its fits and multipliers, or a refit's residual and directions)."""
 
+ADAPTER_COPIES = 6
+"""Of the adapters of a recovery: their weights, gradients and Adam's two moments, and what AdamW computes on the way;
+what was drawn is still there as a run continues."""
+
 BLOCK_COPIES = 2
 """While a candidate's block is made: the dense one, and its copy that is refitted and cut."""
 
@@ -83,6 +90,7 @@ class Sizes:
         vocabulary: width of the logits.
         inner: inputs of each Linear that reads units, in the widest block.
         linear_parameters: number of values of the largest Linear of a block.
+        linear_lines: inputs and outputs of all Linears of a block, added up, of the block that has most.
         sequences: calibration sequences.
         length_tokens: tokens of each.
     """
@@ -98,6 +106,7 @@ class Sizes:
     vocabulary: int
     inner: tuple[int, ...]
     linear_parameters: int
+    linear_lines: int
     sequences: int
     length_tokens: int
 
@@ -119,6 +128,7 @@ class Sizes:
             vocabulary=decoder.config.get_text_config().vocab_size,
             inner=_inner(decoder.groups),
             linear_parameters=max(shape.parameters for shape in linear_shapes(decoder.model, decoder.groups).values()),
+            linear_lines=max(map(_linear_lines, decoder.blocks)),
             sequences=sequences,
             length_tokens=length_tokens,
         )
@@ -138,6 +148,11 @@ class Sizes:
         """Hidden states of the tokens that widths are judged on, float32."""
         sequences = judging_sequences(self.sequences // HELD_OUT_EVERY, self.length_tokens)
         return FLOAT32_BYTES * sequences * self.length_tokens * self.hidden_size
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Adapters of all blocks, float32."""
+        return FLOAT32_BYTES * RANK * self.linear_lines * self.layers
 
     @property
     def logit_bytes(self) -> int:
@@ -161,6 +176,7 @@ class Work:
         judges: the allocation judges candidates.
         searches: the allocation holds whole candidates in memory.
         reconstructs: the MLPs are reconstructed after the refit.
+        recovers: the cut model is trained as a whole.
         zeros: "mlp" or "all" Linears get zeros; None for none.
         sums_products: they get them by all products of their inputs.
     """
@@ -172,6 +188,7 @@ class Work:
     judges: bool = False
     searches: bool = False
     reconstructs: bool = False
+    recovers: bool = False
     zeros: Scope | None = None
     sums_products: bool = False
 
@@ -249,15 +266,25 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         # options are refitted while the candidate's block waits with all that its gradient needs
         option = GRADIENT_STEP * step + grams + REFIT_MATRICES * matrix
         found["the search over widths"] = always + models + block + states + max(option, sizes.logit_bytes)
+    if work.recovers:
+        tokens = max(STEP_TOKENS, sizes.length_tokens)
+        models = FLOAT32_BYTES * sizes.block_parameters * sizes.layers + ADAPTER_COPIES * sizes.adapter_bytes
+        # what enters each block; and of what leaves the last: it, the dense model's, and the gradient
+        states = FLOAT32_BYTES * tokens * sizes.hidden_size * (sizes.layers + 4)
+        ends = max(FLOAT32_BYTES * sizes.outside_parameters, head + sizes.logit_bytes)
+        block = max(BLOCK_COPIES * sizes.block_bytes, GRADIENT_STEP * sizes.step_bytes(tokens))
+        found["the recovery of the whole model"] = always + models + states + ends + block
     return found
 
 
 def scratch_bytes(sizes: Sizes, work: Work) -> int:
     """Bytes that the journal takes on disk at its worst."""
     # the blocks that are cut stay beside those with zeros, so that either walk can be continued
-    kept = max(_moments_bytes(sizes, work), (1 if work.zeros is None else 2) * sizes.blocks_bytes)
-    paths = 6 if work.reconstructs else 3
+    models = 1 + (work.zeros is not None) + work.recovers
+    kept = max(_moments_bytes(sizes, work), models * sizes.blocks_bytes)
+    paths = (6 if work.reconstructs else 3) + work.recovers  # what the dense model said lies beside those of the refit
     judged = 3 * sizes.judged_bytes if work.judges else 0
+    judged += (1 + len(MOMENTS)) * sizes.adapter_bytes if work.recovers else 0
     return kept + judged + sizes.block_bytes + paths * sizes.hidden_bytes + _inputs_bytes(sizes, work)
 
 
@@ -276,12 +303,12 @@ def fit(sizes: Sizes, work: Work, limit_bytes: int | None) -> Footprint:
     """How to stay within a limit; without one, within half of what this machine gives where that is possible.
 
     Raises:
-        EdgepruneError: if one block's work does not fit into the limit; or a search, which holds whole models, into
-            this machine.
+        EdgepruneError: if one block's work does not fit into the limit; or a search or a recovery, which hold whole
+            models, into this machine.
     """
     budget = limit_bytes or default_budget()
     limited_by = f"--max-memory {format_bytes(limit_bytes)}" if limit_bytes else ""
-    if work.searches and limit_bytes is None:
+    if (work.searches or work.recovers) and limit_bytes is None:
         limit_bytes = machine_bytes()
         limited_by = f"this machine's {format_bytes(limit_bytes)} of memory"
     step_tokens = max(1, min(BATCH_TOKENS // sizes.length_tokens, sizes.sequences)) * sizes.length_tokens
@@ -322,6 +349,7 @@ def machine_bytes() -> int:
 def _advice(sizes: Sizes, work: Work, budget: int) -> str:
     """What would make the work smaller, if anything does."""
     lighter = {
+        "use --recover none": (sizes, replace(work, recovers=False)),
         "lower --calibration-tokens": (replace(sizes, length_tokens=64), work),
         "use --dtype bfloat16": (sizes, replace(work, dtype=torch.bfloat16)),
         "use a --method without gradients": (sizes, replace(work, graded=0)),
@@ -362,6 +390,10 @@ def _mlp_parameters(decoder: Decoder) -> dict[int, int]:
     return {
         group.layer: sum(shapes[name].parameters for name in {slot.module for slot in group.slots}) for group in groups
     }
+
+
+def _linear_lines(block: nn.Module) -> int:
+    return sum(sum(module.weight.shape) for module in block.modules() if isinstance(module, Linear))
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

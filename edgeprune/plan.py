@@ -69,6 +69,7 @@ class PrunePlan:
     units: Mapping[str, int]
     notes: Sequence[str] = field(default_factory=tuple)
     heads: str = "auto"
+    recover: str = "none"
     sparsity: SparsityRecord | None = None
 
     @property

@@ -8,7 +8,7 @@ block by block and leave what they finish in a journal: the steps of `statistics
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
     path-L           with the refit "reconstruct": that a block before the first cut was run, nothing else
 
-After them come those of `sparsify`, if the model gets zeros.
+Around them come those of `recover`, if the cut model is trained, and after these those of `sparsify`, if it gets zeros.
 """
 
 import itertools
@@ -32,6 +32,8 @@ from edgeprune.groups import Group, Keep, Kind, check_keep, kept, layer_widths
 from edgeprune.journal import Entry, Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.reconstruct import Paths, altered, mlp_names
+from edgeprune.recover import ADAPTERS, RECOVER, TEACHER, parse_recover
+from edgeprune.recover import check_sequences as check_recovered_on
 from edgeprune.refit import (
     Mode,
     Outcome,
@@ -95,6 +97,7 @@ class Settings:
         heads: how heads compete with channels: "auto" by lost score, "even" by giving the same share (the papers' way),
             "keep" not at all.
         widths: "per-layer", or "uniform": every layer keeps the same counts, such as stock code builds from a config.
+        recover: "none", or "lora" (or "lora:PASSES"): adapters of the cut model are trained afterwards.
     """
 
     ratio: float
@@ -106,6 +109,7 @@ class Settings:
     gradient_sequences: int = 32
     heads: Heads = "auto"
     widths: Widths = "per-layer"
+    recover: str = "none"
 
     def check(self) -> None:
         """Check everything that needs no model.
@@ -121,6 +125,7 @@ class Settings:
                 "must all be at least 1"
             )
         parse_refit(self.refit)
+        parse_recover(self.recover)
         if self.heads not in get_args(Heads):
             raise EdgepruneError(f"unknown --heads {self.heads!r}; expected {', '.join(get_args(Heads))}")
         if Method.parse(self.method).sampled and self.gradient_sequences < 2:
@@ -147,11 +152,13 @@ class Settings:
             check_stock_widths(model_type)
 
     def check_sequences(self, sequences: int) -> None:
-        """Check that allocation and refit can do with so many calibration sequences.
+        """Check that allocation, refit and recovery can do with so many calibration sequences.
 
         Raises:
             EdgepruneError: if they cannot.
         """
+        if self.recover_passes:
+            check_recovered_on(sequences)
         is_refit_blind = self.mode == "reconstruct" and sequences < HELD_OUT_EVERY
         least = 2 * HELD_OUT_EVERY if self.holds_models else HELD_OUT_EVERY  # a search proposes and accepts on others
         if self.reads_moments and sequences < least:
@@ -171,6 +178,11 @@ class Settings:
     def mode(self) -> Mode:
         """The mode of the refit."""
         return parse_refit(self.refit)[0]
+
+    @property
+    def recover_passes(self) -> int:
+        """Passes of the recovery; 0 without one."""
+        return parse_recover(self.recover)
 
     @property
     def is_uniform(self) -> bool:
@@ -335,6 +347,7 @@ def _plan_of(
         allocation=settings.allocation,
         heads=settings.heads,
         refit=settings.refit,
+        recover=settings.recover,
         ratio_asked=settings.ratio,
         ratio_reached=gone / before,
         parameters_before=before,
@@ -565,8 +578,15 @@ def progress_so_far(journal: Journal, layers: int) -> str | None:
 
     if sparse := done("sparse"):
         return after(sparse[-1] + 1, "zeros in the weights")
+    if RECOVER in journal:
+        return "continues after the last step (recover)"
+    if ADAPTERS in journal:
+        facts = journal.facts(ADAPTERS)
+        return f"continues after step {facts['done']} of {facts['steps']} (recover)"
     if cut := done("cut"):
         return after(cut[-1] + 1, "refit and cut")
+    if asked := done(TEACHER):
+        return after(asked[-1] + 1, "dense model, to learn from")
     if "plan" in journal:
         return "continues after the plan"
     judged = itertools.takewhile(lambda number: f"{SEARCH_STEP}-{number}" in journal, itertools.count(1))

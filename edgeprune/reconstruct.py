@@ -128,6 +128,10 @@ class Paths:
         with self._decoder.block(layer, self._pass.weights_dtype) as block:
             self._run(layer, block, self._rows("dense", layer), self._rows("dense", layer + 1))
 
+    def dense(self, layer: int) -> Rows:
+        """What enters a block on the dense path; of the number behind the last one, what leaves that."""
+        return self._rows("dense", layer)
+
     def advance_pruned(self, layer: int, block: nn.Module, *, is_first: bool) -> None:
         """Run a block as it is now on the pruned path."""
         with self.ready(block) as ready:

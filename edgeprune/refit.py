@@ -149,12 +149,18 @@ def parse_refit(text: str) -> tuple[Mode, int]:
     mode = cast("Mode", name)
     if not colon:
         return mode, PASSES if mode == "reconstruct" else 0
-    is_number = passes.isascii() and passes.isdecimal() and len(passes) <= len(str(MOST_PASSES))
-    if mode != "reconstruct" or not is_number or not 1 <= int(passes) <= MOST_PASSES:
+    found = read_passes(passes)
+    if mode != "reconstruct" or found is None:
         raise EdgepruneError(
             f"refit {text!r} was not understood; only reconstruct has passes, 1 to {MOST_PASSES}, such as reconstruct:5"
         )
-    return mode, int(passes)
+    return mode, found
+
+
+def read_passes(text: str) -> int | None:
+    """The number of passes that a text names, 1 to `MOST_PASSES`; None if it names none."""
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_PASSES))
+    return int(text) if is_number and 1 <= int(text) <= MOST_PASSES else None
 
 
 def refit_linear(linear: Linear, group: Group, units: Sequence[int], moments: Moments, mode: Mode) -> Outcome:

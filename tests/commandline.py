@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,10 +37,23 @@ Invoke = Callable[..., Outcome]
 
 def invoke(*arguments: object) -> Outcome:
     """Run `edgeprune ARGUMENTS` as the installed command would."""
+    return _call(main, "edgeprune", *arguments)
+
+
+def run_script(path: Path, *arguments: object) -> Outcome:
+    """Run `python PATH ARGUMENTS` in this process, which has imported already what takes seconds."""
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+        return _call(lambda: runpy.run_path(str(path), run_name="__main__"), path, *arguments)
+
+
+def _call(main: Callable[[], object], *argv: object) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     code = 0
-    argv = ["edgeprune", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", list(map(str, argv))),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             main()
         except SystemExit as stop:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from commandline import Outcome, run_script
 from cuts import groups_of, uniform_keep
 from exported import decoder_graph, pruned
 from toys import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune.calibration import Calibration
+from edgeprune.presets import DEFAULT_PRESET, PRESETS
 from edgeprune.shrink import shrink
 from edgeprune.sparsify import Sparsity, sparsify
 from edgeprune_export.exporting import export
@@ -31,16 +33,15 @@ TINY_CALIBRATION = ("--calibration-sequences", "8", "--calibration-tokens", "64"
 TINY_LLAMA = ("--hidden", "64", "--heads", "4", "--channels", "160", "--vocabulary", "300")
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def script(name: str, *arguments: str) -> Outcome:
+    return run_script(BENCHMARKS / f"{name}.py", *arguments)
 
 
 def report(name: str, *arguments: str) -> dict[str, Any]:
     done = script(name, *arguments)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("# ")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert done.code == 0, done.err
+    assert done.out.startswith("# ")
+    found: dict[str, Any] = json.loads(done.out.splitlines()[-1])
     return found
 
 
@@ -66,16 +67,17 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
-    done = script(name, "--help")
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"python benchmarks/{name}.py" in done.stdout
 
 
 def test_missing_texts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = script("export", "--data", str(tmp_path))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "benchmarks/README.md" in done.stderr
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert "benchmarks/README.md" in done.err
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -415,9 +417,9 @@ def test_load_of_what_was_packed_is_held_against_what_it_was_packed_from(peer_ta
 )
 def test_peers_that_were_asked_for_and_are_missing_are_refused_with_how_to_get_them(option: str, words: str) -> None:
     done = script("runtime_peers", option, sys.executable, "--model", "none")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert words in done.err
 
 
 @pytest.mark.slow
@@ -505,8 +507,8 @@ def test_accuracy_calibrates_on_one_half_of_the_documents_and_judges_the_other(
 @pytest.mark.slow
 def test_accuracy_refuses_a_recipe_it_does_not_understand(data_folder: Path) -> None:
     done = script("accuracy", "--data", str(data_folder), "--recipe", "a=magnitude||maybe")
-    assert done.returncode == 2
-    assert "least-squares" in done.stderr
+    assert done.code == 2
+    assert "least-squares" in done.err
 
 
 @pytest.mark.slow
@@ -563,31 +565,104 @@ def test_memory_makes_checkpoints_that_load_and_stay_finite(memory: Any, tmp_pat
 
 
 def test_memory_measures_a_process_and_not_its_parent(memory: Any) -> None:
-    code = "import time; held = bytearray(b'1') * 200_000_000; time.sleep(0.5)"
-    wall_s, peak_bytes, anonymous_bytes = memory.run([sys.executable, "-c", code])
-    assert wall_s > 0.5
-    assert 200e6 < anonymous_bytes <= peak_bytes
+    code = "import time; held = bytearray(b'1') * 200_000_000; time.sleep(0.5); print('said')"
+    usage, said = memory.run([sys.executable, "-c", code])
+    assert said == "said\n"
+    assert usage.wall_s > 0.5
+    assert usage.wall_s > usage.cpu_s > 0
+    assert 200e6 < usage.peak_anonymous_bytes <= usage.peak_rss_bytes
     with pytest.raises(EdgepruneError, match="exit code 3"):
         memory.run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
+def memory_run(
+    memory: Any, blocks: int, *, wall_s: float, peak_gb: float, estimate_gb: float | None = None, keeps: bool = False
+) -> Any:
+    usage = memory.Usage(wall_s=wall_s, cpu_s=wall_s, peak_rss_bytes=int(peak_gb * 1e9), peak_anonymous_bytes=0)
+    footprint = {"peak_bytes": int(estimate_gb * 1e9), "keeps_blocks": keeps} if estimate_gb is not None else None
+    return memory.Run(blocks, 10 * blocks, usage, footprint)
+
+
 def test_memory_draws_a_line_through_the_runs(memory: Any) -> None:
-    runs = [memory.Run(blocks, 10 * blocks, 5.0 + 2.0 * blocks, 1_000_000_000, 0) for blocks in (2, 4, 8)]
+    runs = [memory_run(memory, blocks, wall_s=5.0 + 2.0 * blocks, peak_gb=1.0) for blocks in (2, 4, 8)]
     found = memory.make_report("title", runs, 32, 6.0, {})
     assert found.data["whole_s"] == pytest.approx(69.0)
     assert [verdict.passed for verdict in found.verdicts] == [True, True, None]
-    grown = [memory.Run(blocks, 10 * blocks, 1.0, blocks * 1_000_000_000, 0) for blocks in (2, 8)]
+    grown = [memory_run(memory, blocks, wall_s=1.0, peak_gb=blocks) for blocks in (2, 8)]
     assert [v.passed for v in memory.make_report("title", grown, 32, 6.0, {}).verdicts] == [False, False, None]
 
 
+def test_memory_holds_peaks_against_what_was_reckoned_with(memory: Any) -> None:
+    runs = [memory_run(memory, blocks, wall_s=1.0, peak_gb=1.0, estimate_gb=1.25) for blocks in (4, 8)]
+    _, below, *_ = memory.make_report("title", runs, 32, 6.0, {}).verdicts
+    assert below.passed
+    assert "80%" in below.text
+    above = [*runs, memory_run(memory, 16, wall_s=1.0, peak_gb=1.01, estimate_gb=1.0)]
+    assert memory.make_report("title", above, 32, 6.0, {}).verdicts[1].passed is False
+
+
+def test_memory_lets_blocks_that_stay_take_their_room(memory: Any) -> None:
+    runs = [memory_run(memory, blocks, wall_s=1.0, peak_gb=blocks, estimate_gb=9, keeps=True) for blocks in (2, 4)]
+    found = memory.make_report("title", runs, 32, 6.0, {})
+    assert [row[-1] for row in found.tables[0].rows] == ["yes", "yes"]
+    assert [verdict.passed for verdict in found.verdicts] == [True, True, None]
+    assert "growth_bytes" not in found.data
+
+
 @pytest.mark.slow
-def test_memory_compresses_each_number_of_blocks(tmp_path: Path) -> None:
+def test_memory_goes_on_after_the_last_finished_run(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def measure(_args: object, _shape: object, blocks: int) -> Any:
+        measured.append(blocks)
+        if measured == [2, 4]:
+            raise EdgepruneError("interrupted")
+        return memory_run(memory, blocks, wall_s=blocks, peak_gb=1.0, estimate_gb=2.0)
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--folder", str(tmp_path), "--blocks", "2", "4", *TINY_LLAMA])
+    with pytest.raises(EdgepruneError, match="interrupted"):
+        memory.main()
+    found = memory.main()
+    assert measured == [2, 4, 4]
+    assert [row[2] for row in found.tables[0].rows] == [2.0, 4.0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_measures_an_interrupted_run_from_its_beginning(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "2-blocks-export" / ".output.work"
+    left.mkdir(parents=True)
+
+    def run(command: list[str]) -> Any:
+        assert command[-2:] == ["-o", str(left.with_name("output"))]
+        assert not left.exists()
+        return memory_run(memory, 2, wall_s=1.0, peak_gb=1.0).usage, ""
+
+    monkeypatch.setattr(memory, "run", run)
+    asked = SimpleNamespace(folder=tmp_path, job="export", max_memory="1GB", options=[])
+    memory.measure(asked, memory.Shape(hidden=64, heads=4, kv_heads=2, channels=160, vocabulary=300), 2)
+    assert not left.parent.exists()
+
+
+@pytest.mark.slow
+def test_memory_compresses_each_number_of_blocks_as_a_user_gets_it(tmp_path: Path) -> None:
     found = report(
         *("memory", "--folder", str(tmp_path), "--blocks", "2", "4", *TINY_LLAMA, *TINY_CALIBRATION),
         *("--", "--min-channels", "32"),
     )
     assert [row["blocks"] for row in found["tables"][0]["rows"]] == [2, 4]
-    assert all(run["peak_rss_bytes"] > 50e6 for run in found["data"]["runs"])
+    for run in found["data"]["runs"]:
+        assert run["usage"]["peak_rss_bytes"] > 50e6
+        assert run["footprint"]["peak_bytes"] > 50e6
+        assert (run["plan"]["method"], run["plan"]["allocation"], run["plan"]["refit"]) == (
+            PRESETS[DEFAULT_PRESET].method,
+            PRESETS[DEFAULT_PRESET].allocation,
+            PRESETS[DEFAULT_PRESET].refit,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -604,9 +679,9 @@ def test_memory_exports_by_blocks(tmp_path: Path) -> None:
 def test_memory_says_what_compress_said(tmp_path: Path) -> None:
     arguments = ("--folder", str(tmp_path), "--blocks", "2", *TINY_LLAMA, *TINY_CALIBRATION, "--max-memory", "1MB")
     done = script("memory", *arguments)
-    assert done.returncode == 2
-    assert "--max-memory" in done.stderr
-    assert "exit code 2" in done.stderr.splitlines()[-1]
+    assert done.code == 2
+    assert "--max-memory" in done.err
+    assert "exit code 2" in done.err.splitlines()[-1]
 
 
 @pytest.mark.slow

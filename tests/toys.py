@@ -83,8 +83,13 @@ def per_layer_lists(name: str, layers: int) -> dict[str, Any]:
     if model_type == "gpt_neo":
         return {"attention_types": [[["global", "local"], layers // 2], [["global"], layers % 2]]}
     if model_type == "smollm3":
-        return {"no_rope_layers": [1] * layers}
+        return {"no_rope_layers": ([1, 0] * layers)[:layers]}
     return {"layer_types": (LOCAL_AND_GLOBAL * layers)[:layers]} if model_type.startswith("gemma") else {}
+
+
+def two_blocks(name: str) -> dict[str, Any]:
+    """Changes that leave a toy two blocks, one of each sort that it has, for what takes as long as there are blocks."""
+    return {"num_hidden_layers": 2, **per_layer_lists(name, 2)}
 
 
 def toy(name: str, seed: int = 0, **changes: Any) -> Any:

@@ -4,9 +4,9 @@ import json
 import logging
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ from edgeprune.cli.options import (
     DEFAULT_WINDOW,
     DENSE,
     GRAPH_SOURCE_HELP,
+    NO_RECOVERY,
     OUTPUT_KIND,
     REPORT_FILE,
     TARGET_HELP,
@@ -37,6 +38,7 @@ from edgeprune.cli.options import (
     settings_of,
     sparsity_of,
 )
+from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric
 from edgeprune.presets import DEFAULT_PRESET, PRESETS
 
 if TYPE_CHECKING:
@@ -107,6 +109,15 @@ def compress(
             rich_help_panel=PRUNING,
         ),
     ] = None,
+    recover: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="Train the cut model: none, or lora[:PASSES] (adapters, added to the weights in the end; needs the "
+            "extra recover, and memory for the whole model in float32).",
+            rich_help_panel=PRUNING,
+        ),
+    ] = NO_RECOVERY,
     heads: Annotated[
         str,
         typer.Option(
@@ -208,6 +219,9 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    block_size: BlockSize = None,
+    symmetric: Symmetric = None,
+    accuracy_level: AccuracyLevel = None,
     eval_text: Annotated[
         Path | None,
         typer.Option(
@@ -285,6 +299,8 @@ def compress(
 ) -> None:
     """Prune a model, export it to ONNX, and measure what it cost and what it won."""
     need("compress", "torch", "transformers", "safetensors", "onnx", "onnxscript")
+    if recover != NO_RECOVERY:
+        need("recover", "peft")
     name = Path(model).name.removesuffix(".gguf") or "model"
     given = {
         "method": method,
@@ -296,6 +312,7 @@ def compress(
     }
     if ratio == 0:
         check_uncut({"method": method, "allocation": allocation, "gradient_sequences": gradient_sequences})
+        check_uncut({"recover": recover if recover != NO_RECOVERY else None})
     chosen = chosen_preset(preset, given, widths)
     options = Options(
         output=output or Path(f"{name}-pruned"),
@@ -305,6 +322,7 @@ def compress(
         method=chosen.method,
         allocation=chosen.allocation,
         refit=chosen.refit,
+        recover=recover,
         heads=heads,
         widths=widths,
         sparsity=sparsity,
@@ -323,6 +341,9 @@ def compress(
         target=target,
         graph_source=graph_source,
         precision=precision,
+        block_size=block_size,
+        symmetric=symmetric,
+        accuracy_level=accuracy_level,
         eval_text=eval_text,
         eval_rows_joined=eval_rows_joined,
         eval_window=eval_window,
@@ -373,10 +394,19 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     """Open, calibrate, plan, cut, put in zeros, save, export, measure, report."""
     from edgeprune.checkpoint import CARD_FILE, save
     from edgeprune.cli.stages import Clock, Stages
-    from edgeprune.cli.verdict import SPARSE_REFIT_TABLE, only_refit, plan_report, short, with_refit, with_zeros
+    from edgeprune.cli.verdict import (
+        SPARSE_REFIT_TABLE,
+        only_refit,
+        plan_report,
+        short,
+        with_recovery,
+        with_refit,
+        with_zeros,
+    )
     from edgeprune.groups import layer_widths
     from edgeprune.licences import licence_file_of
     from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
+    from edgeprune.recover import ask_teacher, recover
     from edgeprune.sources import count_parameters, load_licences, load_tokenizer, open_source
     from edgeprune.sparsify import sparsify
     from edgeprune_export.exporting import check_precisions
@@ -393,7 +423,12 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     if options.ratio or sparsity is None:
         settings.check()
         settings.check_sequences(options.calibration_sequences)
-    check_names(options.target, options.precision)
+    details: dict[str, Any] = {
+        "block_size": options.block_size,
+        "is_symmetric": options.symmetric,
+        "accuracy_level": options.accuracy_level,
+    }
+    check_names(options.target, options.precision, **details)
     check_measuring(options)
     memory_bytes = parse_size(options.memory) if options.memory is not None else None
     max_memory_bytes = parse_size(options.max_memory) if options.max_memory is not None else None
@@ -401,7 +436,9 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     check_output_folder(options)
     source = open_source(options.model, options.trust_remote_code)
     settings.check_for(source.model_type)
-    choice = choose(options.target, source.model_type, graph_source=options.graph_source, precision=options.precision)
+    choice = choose(
+        options.target, source.model_type, graph_source=options.graph_source, precision=options.precision, **details
+    )
     stages = Stages(options.quiet)
     judged: Report | None = None
 
@@ -453,10 +490,21 @@ def _prune(options: Options, ranks: "Ranks") -> None:
             return
         before, after = layer_widths(decoder.groups, {}), layer_widths(decoder.groups, plan.keep)
         report = plan_report(plan, before, after)
+        report = replace(report, data=dict(report.data) | {"footprint": asdict(footprint)})
         if options.dry_run and clock is not None:
             report = _with_estimates(report, options, settings, decoder, clock)
         _show(report, as_json=options.as_json, is_last=options.dry_run, is_measured=False)
         if not options.dry_run:
+            if settings.recover_passes:
+                with stages.counted("recover: ask the dense model") as advance:
+                    ask_teacher(
+                        decoder,
+                        gathered,
+                        journal,
+                        dtype=dtype,
+                        step_tokens=footprint.step_tokens,
+                        progress=lambda phase, done, total: advance(done, total),
+                    )
             if stats is not None:
                 with stages.stage("refit and cut") as step:
                     outcomes = apply_plan(
@@ -470,6 +518,17 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                         progress=lambda phase, done, total: step("", done / total),
                     )
                 report = with_refit(report, outcomes)
+            if settings.recover_passes:
+                with stages.counted("recover (LoRA)") as advance:
+                    recovery = recover(
+                        decoder,
+                        settings.recover_passes,
+                        gathered,
+                        journal,
+                        dtype=dtype,
+                        progress=lambda phase, done, total: advance(done, total),
+                    )
+                report = with_recovery(report, recovery)
             if sparsity is not None:
                 with stages.stage("zeros in the weights") as step:
                     outcomes = sparsify(
@@ -542,7 +601,7 @@ def _export(
             progress=step,
         )
     with stages.stage("export to ONNX and check it against torch") as step:
-        manifest = export(
+        export(
             folder / CHECKPOINT,
             folder / BUNDLE,
             graph_source=choice.graph_source,
@@ -554,8 +613,6 @@ def _export(
             origin=origin,
             progress=step,
         )
-    for note in manifest.notes:
-        stages.remark(note)
 
 
 def _with_estimates(

@@ -11,6 +11,7 @@ import typer
 from edgeprune.cli import app
 from edgeprune.cli.extras import need
 from edgeprune.cli.options import GRAPH_SOURCE_HELP, TARGET_HELP
+from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric
 
 if TYPE_CHECKING:
     from edgeprune.cli.stages import Stages
@@ -37,25 +38,9 @@ def export(
             show_default=False,
         ),
     ] = None,
-    block_size: Annotated[
-        int | None,
-        typer.Option(help="Inputs that share a scale, of int8 and int4; default: 32.", show_default=False),
-    ] = None,
-    symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--symmetric/--asymmetric",
-            help="Whether the middle of the range is zero in every block; default: int8 yes, int4 no.",
-            show_default=False,
-        ),
-    ] = None,
-    accuracy_level: Annotated[
-        int | None,
-        typer.Option(
-            help="Of products with int8 and int4: 0 in float32, 4 with inputs rounded to 8 bits; default: 4.",
-            show_default=False,
-        ),
-    ] = None,
+    block_size: BlockSize = None,
+    symmetric: Symmetric = None,
+    accuracy_level: AccuracyLevel = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +77,14 @@ def export(
         typer.Option(
             help="Gate of rounded variants: share of positions with float32's likeliest token; default: fp16 0.97, "
             "int8 0.94, int8-dynamic 0.92, int4 0.5.",
+            show_default=False,
+        ),
+    ] = None,
+    max_greedy_flips: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate of rounded variants: share of greedy continuations that may differ from float32's; default: no "
+            "limit.",
             show_default=False,
         ),
     ] = None,
@@ -137,7 +130,7 @@ def export(
         is_symmetric=symmetric,
         accuracy_level=accuracy_level,
     )
-    precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement)
+    precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement, max_greedy_flips)
     if calibration is not None and not any(each.is_data_aware for each in precisions):
         raise EdgepruneError(
             f"--calibration would change nothing of {', '.join(each.name for each in precisions)}: int4 alone is "
@@ -243,9 +236,11 @@ def _say(output: Path, manifest: "Manifest", target: "Target | None") -> None:
             err=True,
         )
         if lost := variant.fidelity:
+            flips = lost["greedy_flips"]
+            greedy = "" if flips is None else f", another greedy continuation of {flips:.0%} of the texts"
             typer.echo(
                 f"  against float32: {lost['perplexity_ratio']:.3f} times the perplexity, the same likeliest token at "
-                f"{lost['argmax_agreement']:.1%} of {lost['positions']} positions, KL {lost['mean_kl']:.3g}",
+                f"{lost['argmax_agreement']:.1%} of {lost['positions']} positions, KL {lost['mean_kl']:.3g}{greedy}",
                 err=True,
             )
     if (zeros := found_zeros(manifest)) is not None:

@@ -61,6 +61,7 @@ def judge(
         gates=Gates(options.max_perplexity_ratio, options.min_decode_speedup),
         fits=fits,
         compressed_bytes=compressed,
+        notes=manifest.notes,
     )
     report.save(folder)
     return report

@@ -149,6 +149,7 @@ def fit_memory(
         judges=settings.reads_moments,
         searches=settings.holds_models,
         reconstructs="reconstruct" in (settings.mode, sparsity and sparsity.mode) and not options.dry_run,
+        recovers=settings.recover_passes > 0 and not options.dry_run,
         zeros=sparsity.scope if sparsity and not options.dry_run else None,
         sums_products=sparsity is not None and "gram" in sparsity.needs,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
 OUTPUT_KIND = "an output of compress"
 DEFAULT_WINDOW = 1024
+NO_RECOVERY = "none"
 TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "webgpu", "wasm", "mobile", "genai")
 """The files of `edgeprune_export.targets`, which a device's commands must not import."""
 
@@ -38,6 +39,7 @@ class Options:
     method: str
     allocation: str
     refit: str
+    recover: str
     heads: str
     widths: str
     sparsity: str | None
@@ -56,6 +58,9 @@ class Options:
     target: str | None
     graph_source: str
     precision: str | None
+    block_size: int | None
+    symmetric: bool | None
+    accuracy_level: int | None
     eval_text: Path | None
     eval_rows_joined: bool
     eval_window: int | None
@@ -104,6 +109,7 @@ def settings_of(options: Options) -> "Settings":
         method=options.method,
         allocation=options.allocation,
         refit=options.refit,
+        recover=options.recover,
         align=options.align,
         min_channels=options.min_channels,
         gradient_sequences=options.gradient_sequences,

@@ -8,6 +8,7 @@ from edgeprune.groups import LayerWidths
 from edgeprune.patterns import Found, Pattern
 from edgeprune.plan import PrunePlan, SparsityRecord
 from edgeprune.presets import Preset
+from edgeprune.recover import Recovery
 from edgeprune.refit import Outcome
 from edgeprune_runtime.bench import CONFIDENCE, DEFINITIONS, MIN_ROUNDS_FOR_VERDICT, PEAK_MEMORY, BenchResult, Ratio
 from edgeprune_runtime.machine import this_machine
@@ -17,9 +18,11 @@ from edgeprune_runtime.report import Cell, Report, Table, Verdict, format_bytes
 FLOAT32_BYTES = 4
 MEGABYTE = 1e6
 REFIT_TABLE, SPARSE_REFIT_TABLE = "What the refit did", "What the refit of the sparse Linears did"
-REFIT_DATA = {REFIT_TABLE: "refit", SPARSE_REFIT_TABLE: "sparse_refit"}
+RECOVER_TABLE = "What the recovery did"
+REFIT_DATA = {REFIT_TABLE: "refit", RECOVER_TABLE: "recover", SPARSE_REFIT_TABLE: "sparse_refit"}
 """Table -> its data in the report."""
 
+MEASURED_TABLE, NOTES_TABLE = "Dense against pruned, both through ONNX Runtime", "Good to know of the bundle"
 ZEROS_TABLE = "Zeros in the weights"
 ZEROS_AND_SPEED = (
     "ONNX Runtime's CPU kernels multiply by zeros as by other numbers: zeros alone win no time and no memory there, "
@@ -81,7 +84,7 @@ def _cut_tables(plan: PrunePlan, before: Sequence[LayerWidths], after: Sequence[
         ),
         notes=(
             f"importance {plan.method}, allocation {plan.allocation}, heads {plan.heads}, refit {plan.refit}, "
-            f"statistics in {plan.dtype}",
+            f"recover {plan.recover}, statistics in {plan.dtype}",
         ),
     )
     return [layers, totals]
@@ -153,8 +156,27 @@ def with_refit(report: Report, outcomes: Mapping[str, Outcome], title: str = REF
     return replace(report, tables=(*report.tables, table), data=data)
 
 
+def with_recovery(report: Report, recovery: Recovery) -> Report:
+    """A plan's report with what the recovery did."""
+    table = Table(
+        RECOVER_TABLE,
+        ("", "added to the weights", "held out, before", "held out, after"),
+        (
+            (
+                "KL(dense || pruned), nats per token",
+                "yes" if recovery.is_accepted else "no",
+                recovery.divergence_before,
+                recovery.divergence,
+            ),
+        ),
+        notes=("adapters are added where the divergence on calibration text kept aside falls; else nothing changes",),
+    )
+    data = dict(report.data) | {REFIT_DATA[RECOVER_TABLE]: asdict(recovery)}
+    return replace(report, tables=(*report.tables, table), data=data)
+
+
 def only_refit(report: Report) -> Report:
-    """What a terminal shows after a plan that it has shown before: the refit."""
+    """What a terminal shows after a plan that it has shown before: refit and recovery."""
     return replace(report, tables=tuple(table for table in report.tables if table.title in REFIT_DATA))
 
 
@@ -169,7 +191,7 @@ def preset_table(presets: Mapping[str, Preset], seconds: Mapping[str, float], ch
         ),
         notes=(
             "estimated from the pace of this run, for statistics, search and refit on this machine; calibration text, "
-            "export and checks come on top",
+            "--recover, export and checks come on top",
         ),
     )
 
@@ -185,11 +207,13 @@ def verdict_report(
     gates: Gates,
     fits: Sequence[Verdict] = (),
     compressed_bytes: tuple[int, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """The measured table in front of the plan's, with the verdict in words.
 
     `perplexities` are (dense, pruned); `measured` has both sides, or only the pruned one where the dense does not fit;
-    `fits` says so. `compressed_bytes` are what zstd makes of the (dense, pruned) bundle.
+    `fits` says so. `compressed_bytes` are what zstd makes of the (dense, pruned) bundle; `notes` are those of the
+    pruned one's manifest, such as what ONNX Runtime's mobile usability check found.
     """
     *first, last = measured.sides
     dense = first[0].figures() if first else dict.fromkeys(MEASURED)
@@ -199,7 +223,7 @@ def verdict_report(
     limit = f", memory limit {size} ({measured.enforcement})" if size else ""
     variant = "" if last.variant == "fp32" else f"; pruned is the variant {last.variant}, dense is fp32"
     table = Table(
-        "Dense against pruned, both through ONNX Runtime",
+        MEASURED_TABLE,
         ("", "dense", "pruned", "pruned / dense"),
         (
             _row("parameters", plan.parameters_before, plan.parameters_after),
@@ -216,6 +240,7 @@ def verdict_report(
             f"fresh process" + limit + variant,
         ),
     )
+    good_to_know = [Table(NOTES_TABLE, ("note",), tuple((note,) for note in notes))] if notes else []
     timing = Table(
         "Where the time went", ("stage", "seconds"), tuple((k, round(v, 1)) for k, v in seconds.items()), ("seconds",)
     )
@@ -229,6 +254,7 @@ def verdict_report(
         "perplexity": {"dense": asdict(a), "pruned": asdict(b), "ratio": b.perplexity / a.perplexity, "text": text},
         "bench": measured.to_dict(),
         "compressed_bytes": compressed_bytes,
+        "footprint": planned.data.get("footprint"),
         "zeros": planned.data.get("zeros"),
         **{key: planned.data.get(key, {}) for key in REFIT_DATA.values()},
         "seconds": dict(seconds),
@@ -236,15 +262,15 @@ def verdict_report(
     return Report(
         f"edgeprune: {plan.model}",
         measured.machine,
-        (table, *planned.tables, timing, meanings),
+        (table, *good_to_know, *planned.tables, timing, meanings),
         (*_verdicts(plan, a, b, measured, gates), *planned.verdicts, *fits),
         data,
     )
 
 
 def short(report: Report) -> Report:
-    """What a terminal shows at the end: the measured table and the verdict; the files have the rest."""
-    return replace(report, tables=report.tables[:1])
+    """What a terminal shows at the end: what was measured, what the bundle's notes say, and the verdict."""
+    return replace(report, tables=tuple(each for each in report.tables if each.title in (MEASURED_TABLE, NOTES_TABLE)))
 
 
 def _verdicts(

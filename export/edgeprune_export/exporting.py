@@ -144,6 +144,11 @@ def export(
     weights = Weights(checkpoint)
     parameters = Parameters(*weights.count_parameters())
     by_blocks = needs_blocks(parameters.all, source, max_memory_bytes)
+    if by_blocks and any(precision.max_greedy_flips < 1 for precision in precisions):
+        raise EdgepruneError(
+            "--max-greedy-flips needs the whole model in memory, and this one is checked block by block, which "
+            "compares no greedy continuations; leave it out, or raise --max-memory"
+        )
     if target is not None:
         target.check_size(parameters.all, precisions)
     check_space(out, sum(precision.bits for precision in precisions) * parameters.all // 8 + SPARE_BYTES)

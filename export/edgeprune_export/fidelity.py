@@ -53,7 +53,7 @@ def check_fidelity(
     """Compare the graph of a precision with the float32 model on token sequences of real text.
 
     Raises:
-        FidelityError: if perplexity or agreement are worse than the precision allows.
+        FidelityError: if perplexity, agreement or greedy continuations are worse than the precision allows.
     """
     runner = Runner(model, graph, None)
     texts = fidelity_texts(sequences, context_tokens(model.config))
@@ -98,15 +98,19 @@ def judge(fidelity: Fidelity, precision: Precision) -> Fidelity:
     Raises:
         FidelityError: saying what was lost.
     """
+    flips = fidelity.greedy_flips
     # written so that a NaN fails
     is_good = fidelity.perplexity_ratio <= precision.max_perplexity_ratio
-    if is_good and fidelity.argmax_agreement >= precision.min_argmax_agreement:
+    is_good = is_good and fidelity.argmax_agreement >= precision.min_argmax_agreement
+    if is_good and (flips is None or flips <= precision.max_greedy_flips):
         return fidelity
+    allowed = f"(at most {precision.max_greedy_flips:.0%} allowed)"
+    greedy = "" if flips is None else f", another greedy continuation of {flips:.0%} of the texts {allowed}"
     raise FidelityError(
         f"{precision.name} loses too much: {fidelity.perplexity_ratio:.3f} times the perplexity of float32 (at most "
         f"{precision.max_perplexity_ratio:g} allowed), the same likeliest token at {fidelity.argmax_agreement:.1%} of "
-        f"{fidelity.positions} positions (at least {precision.min_argmax_agreement:.0%} wanted); choose another "
-        "precision or a smaller --block-size"
+        f"{fidelity.positions} positions (at least {precision.min_argmax_agreement:.0%} wanted){greedy}; choose "
+        "another precision or a smaller --block-size"
     )
 
 

@@ -99,7 +99,9 @@ def round_blocks(
         Name of each weight -> what reads it, rounded.
     """
     journal = data.journal or Journal()
-    stem = f"rounded-{precision.name}"
+    # a journal may hold what another command has rounded otherwise
+    kind = "symmetric" if precision.is_symmetric else "asymmetric"
+    stem = f"rounded-{precision.name}-{precision.block_size}-{kind}"
     paths = Paths(decoder, data.calibration.ids, data.dtype, journal, name=stem)
     ready: dict[str, Callable[[], Quantised]] = {}
     for layer in range(decoder.layers):

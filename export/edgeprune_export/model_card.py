@@ -248,11 +248,16 @@ def _removed(stated: Mapping[str, Json] | None, layers: Sequence[Layer]) -> Iter
                 f"{(before - after) / max(1, blocks):.1%} of those of the decoder blocks. Attention heads or MLP "
                 "channels, as the widths below say, have left the matrices whole, which are smaller for it. "
                 f"Importance {plain(plan.text('method'))}, allocation {plain(plan.text('allocation'))}, refit "
-                f"{plain(plan.text('refit'))}."
+                f"{plain(plan.text('refit'))}{_recovered(stated)}."
             )
             yield words + _calibration(stated)
     rows = [(run, layer.heads, layer.kv_heads, layer.head_dim, layer.channels) for run, layer in _runs(layers)]
     yield _table(("layers", "query heads", "KV heads", "head_dim", "channels"), rows)
+
+
+def _recovered(plan: Mapping[str, Json]) -> str:
+    recover = plan.get("recover", "none")  # plans of earlier bundles do not name it
+    return "" if recover == "none" else f", recover {plain(str(recover))}"
 
 
 def _calibration(plan: Mapping[str, Json]) -> str:
@@ -307,15 +312,16 @@ def _variants(manifest: Manifest) -> Iterator[str]:
                 f"{lost.number('perplexity_ratio'):.3f}" if lost.values else None,
                 f"{lost.number('argmax_agreement'):.1%}" if lost.values else None,
                 f"{lost.number('mean_kl'):.3g}" if lost.values else None,
+                f"{lost.number('greedy_flips'):.0%}" if lost.values.get("greedy_flips") is not None else None,
             )
         )
     columns = (
         *("variant", "graph", "MB", "bits per parameter", "logits differ from torch by"),
-        *("perplexity against float32", "same likeliest token", "KL divergence, nats"),
+        *("perplexity against float32", "same likeliest token", "KL divergence, nats", "other greedy continuations"),
     )
     yield _table(columns, rows)
     yield (
-        "The torch model that a graph is compared with has the same rounded weights; the last three columns compare "
+        "The torch model that a graph is compared with has the same rounded weights; the last four columns compare "
         "those weights with float32 ones, on a short text."
     )
 

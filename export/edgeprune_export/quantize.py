@@ -65,6 +65,8 @@ class Precision:
         accuracy_level: of `MatMulNBits`, one of `ACCURACY_LEVELS`; products with whole rows always round their inputs.
         max_perplexity_ratio: to the float32 model, on the parity text; a variant above it is not written.
         min_argmax_agreement: share of positions with the float32 model's likeliest token; likewise.
+        max_greedy_flips: share of greedy continuations that are not the float32 model's; likewise. No limit by default:
+            there are few, and one near tie turns all of one, so that good variants of 4 bits may flip every one.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Precision:
     accuracy_level: int = 0
     max_perplexity_ratio: float = 1.0
     min_argmax_agreement: float = 1.0
+    max_greedy_flips: float = 1.0
 
     @property
     def tolerances(self) -> tuple[float, float]:
@@ -215,12 +218,19 @@ def as_options(details: Mapping[str, bool | int | None]) -> str:
     return ", ".join(options)
 
 
-GATE_OPTIONS = {"max_perplexity_ratio": "--max-perplexity-ratio", "min_argmax_agreement": "--min-agreement"}
+GATE_OPTIONS = {
+    "max_perplexity_ratio": "--max-perplexity-ratio",
+    "min_argmax_agreement": "--min-agreement",
+    "max_greedy_flips": "--max-greedy-flips",
+}
 """Gates by the names that the command line has for them."""
 
 
 def with_gates(
-    precisions: Sequence[Precision], max_perplexity_ratio: float | None, min_argmax_agreement: float | None
+    precisions: Sequence[Precision],
+    max_perplexity_ratio: float | None,
+    min_argmax_agreement: float | None,
+    max_greedy_flips: float | None,
 ) -> tuple[Precision, ...]:
     """The precisions with other gates where they round; None keeps those that they have.
 
@@ -231,7 +241,13 @@ def with_gates(
         raise EdgepruneError(f"--max-perplexity-ratio is {max_perplexity_ratio}; expected more than 0, such as 1.2")
     if min_argmax_agreement is not None and not 0 <= min_argmax_agreement <= 1:
         raise EdgepruneError(f"--min-agreement is {min_argmax_agreement}; expected a share from 0 to 1")
-    given = {"max_perplexity_ratio": max_perplexity_ratio, "min_argmax_agreement": min_argmax_agreement}
+    if max_greedy_flips is not None and not 0 <= max_greedy_flips <= 1:
+        raise EdgepruneError(f"--max-greedy-flips is {max_greedy_flips}; expected a share from 0 to 1")
+    given = {
+        "max_perplexity_ratio": max_perplexity_ratio,
+        "min_argmax_agreement": min_argmax_agreement,
+        "max_greedy_flips": max_greedy_flips,
+    }
     gates: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if gates and not any(each.is_rounded for each in precisions):
         asked = " and ".join(GATE_OPTIONS[name] for name in gates)

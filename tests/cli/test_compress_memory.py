@@ -40,7 +40,10 @@ def test_checkpoint_only_writes_a_checkpoint_and_no_more(model_folder: Path, tex
     assert outcome.code == 0, outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     plan = PrunePlan.load(output)
-    assert json.loads(outcome.out)["data"]["plan"]["parameters_after"] == plan.parameters_after
+    data = json.loads(outcome.out)["data"]
+    assert data["plan"]["parameters_after"] == plan.parameters_after
+    assert data["footprint"]["peak_bytes"] > LIBRARIES_BYTES
+    assert data["footprint"]["keeps_blocks"]
     assert sum(parameter.numel() for parameter in load_pruned(output).parameters()) == plan.parameters_after
     assert f"edgeprune export {output}" in outcome.err
     assert not list(output.glob("*.onnx*"))

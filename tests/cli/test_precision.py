@@ -3,10 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
 import pytest
+import typer
 from commandline import Outcome, invoke, save_toy
 
+from edgeprune.cli import app
 from edgeprune.journal import work_folder
 from edgeprune_export import quantize
 from edgeprune_export.quantize import PRECISIONS
@@ -34,9 +38,12 @@ def refused(outcome: Outcome, message: str) -> None:
 def test_export_writes_a_variant_for_each_precision(wide: Path, tmp_path: Path) -> None:
     done = invoke("export", wide, "-o", tmp_path / "bundle", "--precision", "int8,fp32", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out.splitlines()[-1])["default_variant"] == "int8"
+    manifest = json.loads(done.out.splitlines()[-1])
+    assert manifest["default_variant"] == "int8"
     assert "int8, " in done.err
     assert "times the perplexity, the same likeliest token at" in done.err
+    flips = manifest["variants"]["int8"]["fidelity"]["greedy_flips"]
+    assert f", another greedy continuation of {flips:.0%} of the texts" in done.err
     for variant in ("int8", "fp32"):
         checked = invoke("validate", tmp_path / "bundle", "--variant", variant, "--threads", 1)
         assert checked.code == 0, checked.err
@@ -50,6 +57,29 @@ def test_compress_measures_the_first_precision_against_dense(wide: Path, text_fi
     assert [side["variant"] for side in report["data"]["bench"]["sides"]] == ["fp32", "int8"]
     assert "pruned is the variant int8, dense is fp32" in (out / "report.md").read_text()
     assert list(open_bundle(out / "bundle").manifest.variants) == ["int8"]
+
+
+def test_compress_rounds_the_pruned_model_as_the_user_says(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    details = ("--precision", "int8", "--block-size", 16, "--asymmetric", "--accuracy-level", 0)
+    done = invoke("compress", wide, "-c", text_file, "-o", tmp_path / "out", *SMALL, *details)
+    assert done.code == 0, done.err
+    bundle = open_bundle(tmp_path / "out/bundle")
+    assert bundle.variant.accuracy_level == 0
+    products = [node for node in ir.load(bundle.graph_path).graph if node.op_type == "MatMulNBits"]
+    assert products
+    for node in products:
+        assert node.attributes["block_size"].as_int() == 16
+        assert node.inputs[3] is not None, "blocks that are not symmetric have zero points"
+
+
+def test_rounding_options_are_the_same_in_export_and_compress() -> None:
+    def said(command: str, option: str) -> Any:
+        params = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+        (found,) = [param for param in params if param.name == option]
+        return found.opts, found.secondary_opts, found.default, found.help
+
+    for option in ("block_size", "symmetric", "accuracy_level"):
+        assert said("compress", option) == said("export", option)
 
 
 def test_variant_that_loses_too_much_is_left_out_and_said(
@@ -84,6 +114,25 @@ def test_pruning_is_not_lost_where_no_precision_is_good_enough(
     assert not work_folder(tmp_path / "out").exists()
 
 
+def test_other_blocks_continue_where_a_gate_said_no(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compress", wide, "-c", text_file, *SMALL, "--precision", "int4")
+    lenient = replace(quantize.PRECISIONS["int4"], max_perplexity_ratio=9.0, min_argmax_agreement=0.0)
+    monkeypatch.setitem(quantize.PRECISIONS, "int4", replace(lenient, min_argmax_agreement=1.01))
+    done = invoke(*command, "-o", tmp_path / "out", "--block-size", 32)
+    assert done.code == 1
+    assert "int4 loses too much" in done.err
+    monkeypatch.setitem(quantize.PRECISIONS, "int4", lenient)
+    for output in ("out", "afresh"):
+        done = invoke(*command, "-o", tmp_path / output, "--block-size", 16)
+        assert done.code == 0, done.err
+        assert ("  continues " in done.err) == (output == "out")
+    continued, afresh = (open_bundle(tmp_path / output / "bundle") for output in ("out", "afresh"))
+    (data,) = continued.variant.data
+    assert (continued.folder / data).read_bytes() == (afresh.folder / data).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -102,6 +151,22 @@ def test_what_cannot_be_written_is_refused_early(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--precision", "int4", "--block-size", 24), "--block-size is 24; expected one of 16, 32"),
+        (("--precision", "int8", "--accuracy-level", 3), "--accuracy-level is 3; expected one of 0, 1, 4"),
+        (("--block-size", 64), "--block-size 64 would change nothing of fp32, which has no blocks"),
+        (("--target", "wasm", "--symmetric"), "--symmetric would change nothing of int8-dynamic"),
+        (("--precision", ""), "unknown precision ''"),
+    ],
+)
+def test_compress_refuses_how_to_round_before_it_looks_for_a_model(
+    arguments: tuple[str | int, ...], message: str, tmp_path: Path
+) -> None:
+    refused(invoke("compress", tmp_path / "missing", *SMALL, "--quiet", *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("--calibration", "text.txt"), "--calibration would change nothing of fp32: int4 alone is fitted to text"),
         (
             ("--precision", "int4", "--calibration-sequences", 8, "--calibration-tokens", 64),
@@ -109,6 +174,11 @@ def test_what_cannot_be_written_is_refused_early(
         ),
         (("--precision", "int4", "--calibration-tokens", 512), "--calibration-tokens 512 would change nothing without"),
         (("--min-agreement", 0.5), "--min-agreement would change nothing of fp32, which rounds no weight"),
+        (("--max-greedy-flips", 0.5), "--max-greedy-flips would change nothing of fp32, which rounds no weight"),
+        (
+            ("--precision", "int8", "--max-greedy-flips", 0.5, "--max-memory", "1KiB"),
+            "--max-greedy-flips needs the whole model in memory",
+        ),
     ],
 )
 def test_export_refuses_what_would_change_nothing(

@@ -1,5 +1,6 @@
 """`--target` from the command line: what is written and said, and what is refused in one line before any long work."""
 
+import html
 import json
 from pathlib import Path
 
@@ -58,7 +59,23 @@ def test_compress_measures_the_variants_of_its_target(wide: Path, text_file: Pat
     assert [side["variant"] for side in report["data"]["bench"]["sides"]] == ["fp32", "int8-dynamic"]
     manifest = open_bundle(out / "bundle", verify=True).manifest
     assert (manifest.target, list(manifest.variants)) == ("wasm", ["int8-dynamic"])
-    assert f"verified: {Target.find('wasm').verified}" in " ".join(done.err.split())
+    assert f"verified: {Target.find('wasm').verified}" in " ".join(done.out.split())
+
+
+def test_compress_reports_what_the_mobile_usability_check_found(wide: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke("compress", wide, "-c", text_file, "-o", out, *SMALL, "--target", "mobile", "--quiet")
+    assert done.code == 0, done.err
+    notes = open_bundle(out / "bundle").manifest.notes
+    for begin in (
+        "ONNX Runtime's mobile usability check advises ",
+        "NNAPI would take ",
+        "CoreML MLProgram would take ",
+    ):
+        (found,) = [note for note in notes if note.startswith(begin)]
+        for text in (done.out, (out / "report.md").read_text(), html.unescape((out / "report.html").read_text())):
+            assert found in " ".join(text.split())
+        assert (out / "bundle/README.md").read_text().count(found) == 1
 
 
 def test_a_target_alone_never_fails_for_a_model_without_the_decoder_graph(tmp_path: Path) -> None:

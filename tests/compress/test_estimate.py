@@ -21,6 +21,7 @@ SIZES = Sizes(
     vocabulary=100,
     inner=(16, 40),
     linear_parameters=30_000,
+    linear_lines=1_000,
     sequences=8,
     length_tokens=50,
 )

@@ -30,6 +30,7 @@ SEVEN = Sizes(  # Llama-7B in bfloat16, 64 x 512 tokens
     vocabulary=32000,
     inner=(4096, 11008),
     linear_parameters=4096 * 11008,
+    linear_lines=4 * 2 * 4096 + 3 * (4096 + 11008),
     sequences=64,
     length_tokens=512,
 )
@@ -82,6 +83,18 @@ def test_a_search_holds_whole_models_and_is_refused_where_they_do_not_fit() -> N
     )
     with pytest.raises(EdgepruneError, match=r"the search over widths takes about .* use --allocation judged"):
         fit(SEVEN, searching, 6 * GB)
+
+
+def test_a_recovery_holds_the_whole_model_and_is_refused_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.memory.machine_bytes", lambda: 16 * GB)
+    recovering = replace(work(reconstructs=True), recovers=True)
+    need = phases(SEVEN, recovering, 4096)["the recovery of the whole model"]
+    assert need > 4 * SEVEN.layers * SEVEN.block_parameters
+    assert phases(replace(SEVEN, layers=64), recovering, 4096)["the recovery of the whole model"] > 1.5 * need
+    for limit in (6 * GB, None):
+        with pytest.raises(EdgepruneError, match=r"the recovery of the whole model takes .* use --recover none"):
+            fit(SEVEN, recovering, limit)
+    assert fit(SEVEN, recovering, 2 * need).scratch_bytes > fit(SEVEN, work(reconstructs=True), 2 * need).scratch_bytes
 
 
 def test_a_search_that_no_machine_of_this_size_holds_is_refused_without_a_limit(

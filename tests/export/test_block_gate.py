@@ -104,6 +104,14 @@ def test_weights_that_lose_too_much_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_limit_of_greedy_flips_is_refused_where_none_would_be_counted(tmp_path: Path) -> None:
+    pruned(tmp_path / "model", "llama", head_dim=16)
+    limited = replace(INT8, max_greedy_flips=0.5)
+    with pytest.raises(EdgepruneError, match=r"--max-greedy-flips needs the whole model in memory.*raise --max-memory"):
+        export(tmp_path / "model", tmp_path / "bundle", precisions=(limited,), max_memory_bytes=LITTLE)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_traced_graph_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     pruned(tmp_path / "model", "gpt2")
     with pytest.raises(EdgepruneError, match=r"checking a traced graph takes the whole model.*raise --max-memory"):

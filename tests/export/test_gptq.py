@@ -161,6 +161,17 @@ def test_a_walk_that_was_cut_off_continues_with_the_same_numbers(
         assert torch.equal(read().scales, continued[name]().scales)
 
 
+@pytest.mark.parametrize("other", [{"block_size": 32}, {"is_symmetric": True}])
+def test_a_journal_keeps_what_is_rounded_otherwise_apart(other: dict[str, Any], checkpoint: Path) -> None:
+    journal, precision = Journal(), replace(INT4, **other)
+    round_blocks(open_decoder(checkpoint), INT4, RoundingData(calibration(), journal=journal))
+    again = round_blocks(open_decoder(checkpoint), precision, RoundingData(calibration(), journal=journal))
+    afresh = round_blocks(open_decoder(checkpoint), precision, RoundingData(calibration(), journal=Journal()))
+    for name, read in afresh.items():
+        assert torch.equal(read().data, again[name]().data)
+        assert torch.equal(read().scales, again[name]().scales)
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "gemma3_text", "qwen3"])
 def test_the_graph_multiplies_by_what_the_walk_has_rounded(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"

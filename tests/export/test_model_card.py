@@ -255,15 +255,18 @@ def test_zeros_are_told_as_they_were_counted(manifest: Manifest) -> None:
 
 def test_variants_are_told_with_size_parity_and_fidelity(manifest: Manifest) -> None:
     fp32 = manifest.variants["fp32"]
-    lost = {"perplexity_ratio": 1.01234, "argmax_agreement": 0.987, "mean_kl": 0.00123, "positions": 100}
-    both = replace(manifest, variants={"fp32": fp32, "int8": replace(fp32, fidelity=lost)})
+    lost = {"perplexity_ratio": 1.01234, "argmax_agreement": 0.987, "mean_kl": 0.00123, "greedy_flips": 0.25}
+    by_blocks = lost | {"greedy_flips": None}
+    variants = {"fp32": fp32, "int8": replace(fp32, fidelity=lost), "int4": replace(fp32, fidelity=by_blocks)}
+    both = replace(manifest, variants=variants)
     card = model_card(both)
-    header, first, second = table(card, "Variants")
+    header, first, second, third = table(card, "Variants")
     megabytes = sum(manifest.files[file].size_bytes for file in (fp32.graph, *fp32.data)) / 1e6
     assert first[:3] == ["fp32 (default)", "`onnx/model.onnx`", f"{megabytes:,.1f}"]
     assert first[4] == f"{fp32.parity['max_abs_error']:.1e}"
-    assert first[5:] == ["–"] * 3
-    assert second[5:] == ["1.012", "98.7%", "0.00123"]
+    assert first[5:] == ["–"] * 4
+    assert second[5:] == ["1.012", "98.7%", "0.00123", "25%"]
+    assert third[5:] == ["1.012", "98.7%", "0.00123", "–"]
     assert len(header) == len(first)
     assert "int8" in front_matter(card)["tags"]
 

@@ -1,5 +1,6 @@
 """Rounded weights: the numbers, the graph that multiplies by them, and the gates that it passes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from exported import pruned
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune_export.exporting import export
+from edgeprune_export.fidelity import Fidelity, judge
 from edgeprune_export.proving import TWIN_FILE
 from edgeprune_export.quantize import PRECISIONS, Precision, Quantised, parse_precisions, quantize, with_gates
 from edgeprune_runtime.bundle import Manifest, open_bundle
@@ -205,7 +207,9 @@ def test_one_scale_that_is_wrong_fails_the_device_check(tmp_path: Path) -> None:
     assert not validate(bundle, threads=1).passed
 
 
-@pytest.mark.parametrize("limit", [{"max_perplexity_ratio": 0.5}, {"min_argmax_agreement": 1.01}])
+@pytest.mark.parametrize(
+    "limit", [{"max_perplexity_ratio": 0.5}, {"min_argmax_agreement": 1.01}, {"max_greedy_flips": -0.01}]
+)
 def test_a_variant_that_loses_too_much_is_not_written(limit: dict[str, float], tmp_path: Path) -> None:
     pruned(tmp_path / "model", "llama", head_dim=16)
     bad = replace(INT8, **limit)
@@ -218,6 +222,30 @@ def test_a_variant_that_loses_too_much_is_not_written(limit: dict[str, float], t
     assert manifest.notes[-1].startswith("not written: int8 loses too much")
     assert not list((tmp_path / "bundle").rglob("*int8*"))
     assert validate(open_bundle(tmp_path / "bundle", verify=True), threads=1).passed
+
+
+@pytest.mark.parametrize(
+    ("flips", "limit", "passes"),
+    [(0.5, 0.5, True), (0.75, 0.5, False), (math.nan, 0.5, False), (1.0, None, True), (None, None, True)],
+)
+def test_greedy_flips_have_a_limit_where_the_user_sets_one(
+    flips: float | None, limit: float | None, passes: bool
+) -> None:
+    (precision,) = with_gates([PRECISIONS["int4"]], None, None, limit)
+    found = Fidelity(
+        perplexity=20.0,
+        perplexity_ratio=1.1,
+        argmax_agreement=0.9,
+        mean_kl=0.01,
+        greedy_flips=flips,
+        greedy_tokens=16,
+        positions=100,
+    )
+    if passes:
+        assert judge(found, precision) == found
+    else:
+        with pytest.raises(GateError, match=r"another greedy continuation of .*% of the texts \(at most 50% allowed\)"):
+            judge(found, precision)
 
 
 def test_a_graph_that_rounds_otherwise_than_its_torch_model_is_not_written(
@@ -257,18 +285,20 @@ def test_what_onnx_runtime_does_not_take_is_refused(text: str, details: dict[str
 
 
 def test_the_user_may_set_the_gates_of_what_is_rounded() -> None:
-    plain, int4 = with_gates([PRECISIONS["fp32"], PRECISIONS["int4"]], 3.0, 0.25)
+    plain, int4 = with_gates([PRECISIONS["fp32"], PRECISIONS["int4"]], 3.0, 0.25, 0.75)
     assert plain == PRECISIONS["fp32"]
-    assert (int4.max_perplexity_ratio, int4.min_argmax_agreement) == (3.0, 0.25)
-    assert with_gates([PRECISIONS["int4"]], None, None) == (PRECISIONS["int4"],)
+    assert (int4.max_perplexity_ratio, int4.min_argmax_agreement, int4.max_greedy_flips) == (3.0, 0.25, 0.75)
+    assert with_gates([PRECISIONS["int4"]], None, None, None) == (PRECISIONS["int4"],)
     with pytest.raises(EdgepruneError, match=r"--max-perplexity-ratio and --min-agreement would change nothing"):
-        with_gates([PRECISIONS["fp32"]], 3.0, 0.25)
-    for ratio, agreement, message in (
-        (0.0, None, "--max-perplexity-ratio is 0"),
-        (None, 1.5, "--min-agreement is 1.5"),
+        with_gates([PRECISIONS["fp32"]], 3.0, 0.25, None)
+    for ratio, agreement, flips, message in (
+        (0.0, None, None, "--max-perplexity-ratio is 0"),
+        (None, 1.5, None, "--min-agreement is 1.5"),
+        (None, None, -0.5, "--max-greedy-flips is -0.5; expected a share from 0 to 1"),
+        (None, None, math.nan, "--max-greedy-flips is nan"),
     ):
         with pytest.raises(EdgepruneError, match=message):
-            with_gates([PRECISIONS["int4"]], ratio, agreement)
+            with_gates([PRECISIONS["int4"]], ratio, agreement, flips)
 
 
 def test_details_reach_the_rounded_precisions_alone() -> None:

@@ -114,16 +114,13 @@ def known_targets() -> list[str]:
     return plugins.names(KIND, PACKAGE)
 
 
-def check_names(target: str | None, precision: str | None) -> None:
-    """Check that a target and precisions exist, as far as that can be said without a model.
+def check_names(target: str | None, precision: str | None, **details: Any) -> None:
+    """Check that a target and precisions exist and take the details, as far as that can be said without a model.
 
     Raises:
-        EdgepruneError: naming what is unknown.
+        EdgepruneError: naming what is unknown, or would change nothing.
     """
-    if target is not None:
-        Target.find(target)
-    if precision is not None:
-        parse_precisions(precision)
+    parse_precisions(_names(None if target is None else Target.find(target), precision), **details)
 
 
 def choose(
@@ -153,8 +150,7 @@ def choose(
     chosen = None if target is None else Target.find(target)
     source = _source(chosen, model_type, graph_source)
     given: dict[str, Any] = {"block_size": block_size, "is_symmetric": is_symmetric, "accuracy_level": accuracy_level}
-    names = precision or (",".join(chosen.precisions) if chosen else FLOAT32.name)
-    precisions = parse_precisions(names, **given)
+    precisions = parse_precisions(_names(chosen, precision), **given)
     if chosen is None:
         return Choice(None, source, precisions)
     precisions = tuple(
@@ -178,6 +174,13 @@ def choose(
         f"{source} graph of {model_type}: the variant is {FLOAT32.name}"
     )
     return Choice(chosen, source, (FLOAT32,), (note,))
+
+
+def _names(target: Target | None, precision: str | None) -> str:
+    """Names of the variants: the user's, else the target's, else float32."""
+    if precision is not None:
+        return precision
+    return ",".join(target.precisions) if target else FLOAT32.name
 
 
 def _source(target: Target | None, model_type: str, wanted: str) -> GraphSource:
