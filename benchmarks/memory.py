@@ -145,7 +145,7 @@ class Run:
     @property
     def estimate_bytes(self) -> int | None:
         """The peak that was reckoned with."""
-        return self.footprint and self.footprint["peak_bytes"]
+        return None if self.footprint is None else int(self.footprint["peak_bytes"])
 
     @property
     def keeps_blocks(self) -> bool:

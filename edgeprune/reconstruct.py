@@ -40,7 +40,7 @@ from edgeprune.groups import Group, blocks_name
 from edgeprune.journal import Journal, Rows
 from edgeprune.refit import PASSES, Outcome
 from edgeprune.statistics import BATCH_TOKENS, held_out
-from edgeprune.streaming import Decoder, Pass
+from edgeprune.streaming import Decoder, Pass, return_freed_memory
 from edgeprune_runtime.errors import EdgepruneError
 
 STEP_TOKENS = 1024
@@ -177,8 +177,11 @@ class Paths:
         read, target = self._rows("read", layer, self._pass.dtype), self._rows("target", layer)
         is_last = layer == self._decoder.layers - 1
         aim: Aim = Divergence(self._pass) if is_last else SquaredError(STEP_TOKENS)
+        # each part frees much of other sizes than the next one takes
+        return_freed_memory()
         with self._decoder.outside(self._pass.weights_dtype) if is_last else nullcontext():
             before = self._find_targets(layer, block, mlp, self._source(layer, is_first), read, target, aim)
+            return_freed_memory()
             fitted = copy.deepcopy(mlp).float()
             wanted = (target, self._rows("dense", layer + 1)) if aim.reads_dense else (target,)
             with _zeros_kept(fitted) if self._keeps_zeros else nullcontext():
@@ -186,6 +189,7 @@ class Paths:
                 batches, steps = self._batches(passes, read, *wanted), self._steps_of(passes, 1 + len(wanted))
                 _fit(fitted, batches, steps, aim, before.scale, self._pass.products)
             fitted.to(next(mlp.parameters()).dtype)  # the path goes on with what will be stored
+            return_freed_memory()
             after = self._go_on(fitted, layer, read, target, aim)
             is_accepted = after.of_aside < before.of_aside
             if is_accepted:

@@ -50,7 +50,10 @@ RANK = ALPHA = 16
 """Width of the adapters, and what scales them."""
 
 LEARNING_RATE = 5e-4
-"""Largest step of a weight of the adapters."""
+"""Largest step of a weight of the adapters. SmolLM2 cut by 20 % (wanda-sp, protect, reconstruct), 56 sequences of 512
+tokens of C4, one pass: 1.664 times the dense perplexity on 12 windows of WikiText-2 valid became 1.635, and 0.393 nats
+on other text of C4 became 0.382. All weights in place of adapters, at a rate found for them: 1.620, with four times the
+memory."""
 
 PASSES = 1
 """How often every token is seen, if nobody says."""

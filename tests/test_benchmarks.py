@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,8 +38,15 @@ def script(name: str, *arguments: str) -> Outcome:
     return run_script(BENCHMARKS / f"{name}.py", *arguments)
 
 
-def report(name: str, *arguments: str) -> dict[str, Any]:
-    done = script(name, *arguments)
+def alone(name: str, *arguments: str) -> Outcome:
+    """Run a script in a process of its own, whose memory no other test has used."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def report(name: str, *arguments: str, run: Callable[..., Outcome] = script) -> dict[str, Any]:
+    done = run(name, *arguments)
     assert done.code == 0, done.err
     assert done.out.startswith("# ")
     found: dict[str, Any] = json.loads(done.out.splitlines()[-1])
@@ -67,10 +75,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"python benchmarks/{name}.py" in done.stdout
+    done = alone(name, "--help")
+    assert done.code == 0, done.err
+    assert f"python benchmarks/{name}.py" in done.out
 
 
 def test_missing_texts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
@@ -691,6 +698,7 @@ def test_job_then_speed(data_folder: Path, stories260k: Path, tmp_path: Path) ->
     job = report(
         *("main_job", "--model", str(stories260k), "-o", str(tmp_path / "job"), "--"),
         *("--calibration", text, *TINY_CALIBRATION, *latency, "--rounds", "1", "--keep-dense"),
+        run=alone,
     )
     figures, seconds = job["data"]["figures"], job["data"]["seconds"]
     assert sum(seconds.values()) == pytest.approx(figures["wall_s"])
