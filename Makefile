@@ -37,7 +37,7 @@ consumers: $(VENV)/.eval $(CONSUMERS)/.npm $(CONSUMERS)/.optimum
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(MAKE) --no-print-directory --jobs 2 --output-sync mypy pyright
+	$(MAKE) --no-print-directory --jobs 2 mypy pyright
 
 mypy: $(VENV)/.dev
 	$(BIN)/mypy

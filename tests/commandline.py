@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import multiprocessing
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from exported import letter_tokenizer
 from edgeprune import checkpoint
 from edgeprune.cli import main
 from edgeprune.groups import layer_widths
+from edgeprune.journal import Entry, Journal
 from edgeprune.pruning import model_groups
 
 SENTENCES = (
@@ -59,6 +63,28 @@ def _call(main: Callable[[], object], *argv: object) -> Outcome:
         except SystemExit as stop:
             code = int(stop.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def killed_after(step: str, run: Callable[[], object]) -> None:
+    """Run in a process of its own, which is killed as soon as its journal has put a step.
+
+    Some steps are there for too short a time to be waited for from outside.
+    """
+    put = Journal.put
+
+    def put_and_die(journal: Journal, name: str, entry: Entry) -> None:
+        put(journal, name, entry)
+        if name == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def begin() -> None:
+        with mock.patch.object(Journal, "put", put_and_die):
+            run()
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"the run ended without {step}"
 
 
 def save_toy(folder: Path, **changes: Any) -> Path:

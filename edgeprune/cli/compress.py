@@ -311,8 +311,9 @@ def compress(
         "gradient_sequences": gradient_sequences,
     }
     if ratio == 0:
-        check_uncut({"method": method, "allocation": allocation, "gradient_sequences": gradient_sequences})
-        check_uncut({"recover": recover if recover != NO_RECOVERY else None})
+        recovery = recover if recover != NO_RECOVERY else None
+        cutting = {"method": method, "allocation": allocation, "gradient_sequences": gradient_sequences}
+        check_uncut(cutting | {"recover": recovery})
     chosen = chosen_preset(preset, given, widths)
     options = Options(
         output=output or Path(f"{name}-pruned"),

@@ -239,15 +239,11 @@ def with_gates(
     """
     if max_perplexity_ratio is not None and not max_perplexity_ratio > 0:
         raise EdgepruneError(f"--max-perplexity-ratio is {max_perplexity_ratio}; expected more than 0, such as 1.2")
-    if min_argmax_agreement is not None and not 0 <= min_argmax_agreement <= 1:
-        raise EdgepruneError(f"--min-agreement is {min_argmax_agreement}; expected a share from 0 to 1")
-    if max_greedy_flips is not None and not 0 <= max_greedy_flips <= 1:
-        raise EdgepruneError(f"--max-greedy-flips is {max_greedy_flips}; expected a share from 0 to 1")
-    given = {
-        "max_perplexity_ratio": max_perplexity_ratio,
-        "min_argmax_agreement": min_argmax_agreement,
-        "max_greedy_flips": max_greedy_flips,
-    }
+    shares = {"min_argmax_agreement": min_argmax_agreement, "max_greedy_flips": max_greedy_flips}
+    for name, share in shares.items():
+        if share is not None and not 0 <= share <= 1:
+            raise EdgepruneError(f"{GATE_OPTIONS[name]} is {share}; expected a share from 0 to 1")
+    given = {"max_perplexity_ratio": max_perplexity_ratio, **shares}
     gates: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if gates and not any(each.is_rounded for each in precisions):
         asked = " and ".join(GATE_OPTIONS[name] for name in gates)

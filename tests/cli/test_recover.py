@@ -2,19 +2,17 @@
 
 import importlib.util
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commandline import Outcome, invoke
+from commandline import Outcome, invoke, killed_after
 from safetensors.torch import load_file
 
 from edgeprune.checkpoint import load_pruned
-from edgeprune.journal import Entry, Journal, work_folder
+from edgeprune.journal import work_folder
 from edgeprune.plan import PrunePlan
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the recover extra")
@@ -84,25 +82,11 @@ def test_killed_run_continues_to_the_same_bytes(
     model_folder: Path,
     text_file: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     step: str,
     continues: str,
 ) -> None:
-    put = Journal.put
-
-    def die_after(journal: Journal, name: str, entry: Entry) -> None:
-        put(journal, name, entry)
-        if name == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     output = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "put", die_after)
-        child = os.fork()
-        if child == 0:
-            compress(model_folder, text_file, output, *TRAINED)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    killed_after(step, lambda: compress(model_folder, text_file, output, *TRAINED))
     outcome = compress(model_folder, text_file, output, *TRAINED)
     assert outcome.code == 0, outcome.err
     assert continues in outcome.err

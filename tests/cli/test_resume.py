@@ -1,7 +1,6 @@
 """A run that is killed at any point continues, and ends with the same bytes as one that was left alone."""
 
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -9,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commandline import Outcome, invoke
+from commandline import Outcome, invoke, killed_after
 
-from edgeprune.journal import Entry, Journal, work_folder
+from edgeprune.journal import work_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
 SMALL = (
@@ -88,24 +87,12 @@ def test_killed_run_continues_to_the_same_bytes(
     ],
 )
 def test_judging_that_was_killed_continues_to_the_same_bytes(
-    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, continues: str
+    model_folder: Path, text_file: Path, tmp_path: Path, step: str, continues: str
 ) -> None:
     judging = ("--checkpoint-only", "--allocation", "judged", "--method", "wanda-sp")
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
     assert compress(model_folder, text_file, undisturbed, *judging).code == 0
-    put = Journal.put
-
-    def die_after(journal: Journal, name: str, entry: Entry) -> None:
-        put(journal, name, entry)
-        if name == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(Journal, "put", die_after)  # what a block leaves is there for too short a time to be waited for
-    run = multiprocessing.get_context("fork").Process(target=compress, args=(model_folder, text_file, output, *judging))
-    run.start()
-    run.join()
-    assert run.exitcode == -signal.SIGKILL
-    monkeypatch.undo()
+    killed_after(step, lambda: compress(model_folder, text_file, output, *judging))
     outcome = compress(model_folder, text_file, output, *judging)
     assert outcome.code == 0, outcome.err
     assert contents(output) == contents(undisturbed)
