@@ -11,9 +11,10 @@ r"""What pruning costs in accuracy: perplexity, LAMBADA and multiple choice of t
         --calibration-tokens 256                                         # another model on its own text
 
 Rows are the dense model and the recipes of recipes.py, or those given with --recipe. All remove the same share of all
-parameters and see the same calibration tokens, and none is trained on a loss: each is calibrated on C4 (another text
-than those it is judged on), cut, and refitted as it says. Choose recipes on `--split valid` (the default); `test` is
-read once, for the final table: what was tuned on a text says little on that text.
+parameters and see the same calibration tokens: each is calibrated on C4 (another text than those it is judged on), cut,
+and refitted as it says. None is trained on a loss but the one that says "recover lora", which no verdict counts. Choose
+recipes on `--split valid` (the default); `test` is read once, for the final table: what was tuned on a text says little
+on that text.
 
 WikiText-2's rows are joined by a blank line as GPTQ, SparseGPT and Wanda do, then read in windows that do not overlap.
 With --documents, perplexity is that of documents, each from the begin-of-text token and cut at --window tokens; unless
@@ -64,6 +65,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgeprune import calibration as calibrating
 from edgeprune.cli.stages import Stages
+from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.precision import fastest_dtype
 from edgeprune.pruning import (
@@ -76,6 +78,7 @@ from edgeprune.pruning import (
     make_plan,
     model_groups,
 )
+from edgeprune.recover import ask_teacher, recover
 from edgeprune.sources import Source, count_parameters, load, load_tokenizer, open_source
 from edgeprune.statistics import Stats
 from edgeprune_runtime.errors import EdgepruneError
@@ -209,7 +212,8 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 def measure(experiment: Experiment, results: Results) -> dict[Cut, str]:
     """Measure everything that is missing; of the cuts that cannot be made, the reason.
 
-    Cuts that share a seed and a method share its statistics, which is where most of the time before a cut goes.
+    Cuts that share a seed and a method share its statistics, which is where most of the time before a cut goes; those
+    that differ by their recovery alone share the cut.
     """
     left = [cut for cut in experiment.cuts() if experiment.missing(results, cut)]
     dense_tasks = experiment.missing(results, None)
@@ -226,15 +230,22 @@ def measure(experiment: Experiment, results: Results) -> dict[Cut, str]:
         sharing = list(group)
         with stages.stage(f"statistics of {method}, seed {seed}"):
             made, stats, calibration = _statistics(experiment, model, tokenizer, sharing)
+        alike: dict[Settings, list[Cut]] = {}
         for cut in sharing:
+            alike.setdefault(replace(cut.settings, recover="none"), []).append(cut)
+        for settings, cuts in alike.items():
             try:
-                smaller = pruned(model, made, stats, cut.settings, calibration, experiment.dtype)
+                smaller = pruned(model, made, stats, settings, calibration, experiment.dtype)
             except EdgepruneError as error:
-                failures[cut] = str(error)
-                stages.remark(f"{_title(cut)}: {error}")
+                failures |= dict.fromkeys(cuts, str(error))
+                stages.remark(f"{_title(cuts[0])}: {error}")
                 continue
-            _measure_one(experiment, results, stages, smaller, tokenizer, cut)
-            del smaller
+            for cut in cuts:
+                judged = smaller
+                if passes := cut.settings.recover_passes:
+                    with stages.stage(f"recovery of {_title(cut)}"):
+                        judged = recovered(model, smaller, passes, calibration, experiment.dtype)
+                _measure_one(experiment, results, stages, judged, tokenizer, cut)
     return failures
 
 
@@ -256,6 +267,20 @@ def pruned(
     smaller = copy.deepcopy(model)
     apply_plan(smaller, replace(plan, keep=keep, refit=settings.refit), stats.moments, calibration, dtype=dtype)
     return smaller
+
+
+def recovered(
+    model: PreTrainedModel,
+    smaller: PreTrainedModel,
+    passes: int,
+    calibration: calibrating.Calibration,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """A copy of a cut model, trained through adapters to say what the dense model says."""
+    journal, trained = Journal(), copy.deepcopy(smaller)
+    ask_teacher(model, calibration, journal, dtype=dtype)
+    recover(trained, passes, calibration, journal, dtype=dtype)
+    return trained
 
 
 def _statistics(
@@ -582,7 +607,7 @@ def _arguments() -> argparse.Namespace:
         "--recipe",
         action="append",
         metavar="NAME=...",
-        help="METHOD|ALLOCATION|REFIT|HEADS; may be given again (default: all of recipes.py)",
+        help="METHOD|ALLOCATION|REFIT|HEADS|RECOVER; may be given again (default: all of recipes.py)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration windows (default: 0)")
     parser.add_argument("--split", choices=list(common.WIKITEXT2), default="valid", help="default: %(default)s")

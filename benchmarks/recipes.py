@@ -1,7 +1,8 @@
 """The rows of the accuracy table: what others do, as their papers and official code do it, and what we do.
 
-A recipe is written NAME=METHOD|ALLOCATION|REFIT|HEADS. REFIT is a mode of `edgeprune.refit` (none, bias, least-squares,
-reconstruct, intercept). What is left empty is the default of `Settings`. Our rows are the presets of the product.
+A recipe is written NAME=METHOD|ALLOCATION|REFIT|HEADS|RECOVER. REFIT is a mode of `edgeprune.refit` (none, bias,
+least-squares, reconstruct, intercept). What is left empty or out is the default of `Settings`. Our rows are the presets
+of the product, and the best of them with a recovery, which alone is trained as a whole.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,8 @@ from edgeprune.presets import PRESETS
 from edgeprune.pruning import Settings
 from edgeprune_runtime.errors import EdgepruneError
 
-Kind = Literal["other", "fusion", "ours"]
-"""A row to be beaten, a row that shows what fusing does, or a row of ours."""
+Kind = Literal["other", "fusion", "ours", "trained"]
+"""A row to be beaten, a row that shows what fusing does, a row of ours, or one of ours that is then trained."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Recipe:
         """The settings that remove this share of all parameters."""
         return replace(self.settings, ratio=ratio)
 
+
+_BEST = PRESETS["best"]
 
 NAMED: Mapping[Kind, Sequence[str]] = {
     "other": (
@@ -44,8 +47,9 @@ NAMED: Mapping[Kind, Sequence[str]] = {
         "fused=fusion|protect|least-squares|auto",
     ),
     "ours": tuple(
-        f"ours, {name}={preset.method}|{preset.allocation}|{preset.refit}|auto" for name, preset in PRESETS.items()
+        f"ours, {name}={preset.method}|{preset.allocation}|{preset.refit}" for name, preset in PRESETS.items()
     ),
+    "trained": (f"ours, best, recovered={_BEST.method}|{_BEST.allocation}|{_BEST.refit}||lora",),
 }
 """The rows of the full table. Coarse, fine and fused share allocation and refit, so that only the scores differ."""
 
@@ -56,16 +60,16 @@ def named(base: Settings, kinds: Sequence[Kind] = get_args(Kind)) -> list[Recipe
 
 
 def parse_recipe(text: str, base: Settings, kind: Kind = "ours") -> Recipe:
-    """The recipe NAME=METHOD|ALLOCATION|REFIT|HEADS.
+    """The recipe NAME=METHOD|ALLOCATION|REFIT|HEADS|RECOVER.
 
     Raises:
         EdgepruneError: if it is not of that form, or names what does not exist.
     """
     name, equals, spec = text.partition("=")
     parts = spec.split("|")
-    if not equals or not name or len(parts) > 4:
-        raise EdgepruneError(f"recipe {text!r} was not understood; expected NAME=METHOD|ALLOCATION|REFIT|HEADS")
-    given = dict(zip(("method", "allocation", "refit", "heads"), parts, strict=False))
+    if not equals or not name or len(parts) > 5:
+        raise EdgepruneError(f"recipe {text!r} was not understood; expected NAME=METHOD|ALLOCATION|REFIT|HEADS|RECOVER")
+    given = dict(zip(("method", "allocation", "refit", "heads", "recover"), parts, strict=False))
     chosen: dict[str, Any] = {field: value for field, value in given.items() if value}
     settings = replace(base, **chosen)
     settings.check()
@@ -75,4 +79,5 @@ def parse_recipe(text: str, base: Settings, kind: Kind = "ours") -> Recipe:
 def describe(settings: Settings) -> str:
     """What a recipe chooses, in words."""
     refit = "no refit" if settings.refit == "none" else settings.refit
-    return f"{settings.method}, {settings.allocation}, {refit}, heads {settings.heads}"
+    recover = "" if settings.recover == "none" else f", recover {settings.recover}"
+    return f"{settings.method}, {settings.allocation}, {refit}, heads {settings.heads}{recover}"

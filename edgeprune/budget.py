@@ -156,6 +156,10 @@ class Problem:
     tolerance: float = math.inf
     remark: Callable[[str], None] = lambda text: None
 
+    def scored(self, scores: Mapping[str, torch.Tensor]) -> "Problem":
+        """The same problem with other scores, by group."""
+        return replace(self, layers=[replace(layer, scores=scores) for layer in self.layers])
+
     def channel_cost(self, layer: Layer) -> int:
         """Parameters of one channel."""
         return layer.unit_parameters[layer.channels.name]
@@ -218,7 +222,7 @@ class Effect:
 
 
 class Judge(Protocol):
-    """Judges whole cuts on calibration sequences (`candidates.Candidates`).
+    """Judges what stays of a whole model, on calibration sequences (`candidates.Candidates`).
 
     Attributes:
         proposing: the part of the sequences to ask for effects on.
@@ -230,11 +234,15 @@ class Judge(Protocol):
     accepting: slice
     stage: str
 
-    def divergence(self, cut: Cut, part: slice) -> float:
+    def scores(self, method: str) -> Mapping[str, torch.Tensor]:
+        """Scores `(units,)` of each group by an importance method that reads weights and moments of inputs alone."""
+        ...
+
+    def divergence(self, keep: Keep, part: slice) -> float:
         """KL(dense || cut model), mean over the tokens of a part, nats."""
         ...
 
-    def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice) -> Mapping[int, Sequence[Effect]]:
+    def effects(self, keep: Keep, options: Mapping[int, Sequence[Keep]], part: slice) -> Mapping[int, Sequence[Effect]]:
         """For each layer what each of its options would change that divergence by."""
         ...
 

@@ -1,13 +1,15 @@
 """Whole candidates: a model cut this way or that, judged by what it makes of calibration text.
 
-Losses of single layers do not add up over a model: layers that could each go alone make up for each other. So rules and
-a search for widths are judged by whole candidates (`Cut`: what every layer keeps). Two things may be asked of one:
+Losses of single layers do not add up over a model: layers that could each go alone make up for each other. So scores,
+rules and a search for widths are judged by whole candidates, each a keep list. Two things may be asked of one:
 
-    divergence(cut)          KL(dense || candidate) of the next token, mean over the tokens, in nats: a forward pass,
+    divergence(keep)         KL(dense || candidate) of the next token, mean over the tokens, in nats: a forward pass,
                              for which one block is in memory
-    effects(cut, options)    for every option of every layer, what that one step would change the divergence by:
+    effects(keep, options)   for every option of every layer, what that one step would change the divergence by:
                              a forward and a backward pass, and the changed block once for every option; for this the
                              whole candidate is in memory
+
+and beside them the scores of another importance method, if the moments tell them.
 
 An effect is the Taylor series of the divergence around the candidate, up to its second term. At token t, let d_t be
 what the option changes in the block's output (on the candidate's own inputs), g_t the gradient of the divergence for
@@ -24,18 +26,19 @@ memory until the next such question.
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 
-from edgeprune.budget import Cut, Effect, Layer, Widths
-from edgeprune.groups import Group
+from edgeprune.budget import Effect
+from edgeprune.groups import Group, Keep, kept
 from edgeprune.journal import Entry, Journal
 from edgeprune.reconstruct import JUDGED_TOKENS
 from edgeprune.refit import refit
 from edgeprune.shrink import linear_of, shrink_blocks, weight_of
-from edgeprune.statistics import Moments, Progress
+from edgeprune.statistics import Method, Moments, Progress, moment_scores
 from edgeprune.streaming import Decoder, Pass
 
 Effects = Mapping[int, Sequence[Effect]]
@@ -63,7 +66,6 @@ class Candidates:
     def __init__(
         self,
         decoder: Decoder,
-        layers: Sequence[Layer],
         moments: Mapping[str, Moments],
         ids: torch.Tensor,
         *,
@@ -77,7 +79,6 @@ class Candidates:
 
         Args:
             decoder: the dense model.
-            layers: its layers, whose scores name the units that go first.
             moments: moments of the inputs of the Linears that read units.
             ids: tokens kept aside, `(N, T)` int64, of which `judging_sequences` judge; effects are asked for on one
                 half of these, candidates compared on the other.
@@ -89,7 +90,6 @@ class Candidates:
         """
         assert len(ids), "candidates are judged on calibration sequences"
         self._decoder = decoder
-        self._layers = layers
         self._moments = moments
         self._is_refitted = is_refitted
         self._rows = max(1, step_tokens // ids.shape[1])
@@ -104,29 +104,43 @@ class Candidates:
         self._pass = Pass(decoder, ids, dtype)
         self._fitted: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._dense: dict[tuple[int, int], torch.Tensor] = {}
-        self._uncut = {i: (layer.attention_choices[0], layer.channels.units) for i, layer in enumerate(layers)}
+        self._groups = [
+            list(members) for _, members in itertools.groupby(decoder.groups, key=lambda group: group.layer)
+        ]
 
-    def divergence(self, cut: Cut, part: slice = slice(None)) -> float:
+    def scores(self, method: str) -> dict[str, torch.Tensor]:
+        """Scores of all units, by group, of an importance method that reads weights and moments of inputs alone."""
+        asked, found = Method.parse(method), dict[str, torch.Tensor]()
+
+        def score(groups: Sequence[Group]) -> Entry:
+            return Entry(moment_scores(self._decoder, groups, asked, self._moments))
+
+        for layer, groups in enumerate(self._groups):
+            self._progress(f"scores of {method}", layer, self._decoder.layers)
+            found |= self._journal.remember(f"scores-{method}-{layer}", partial(score, groups)).tensors
+        return found
+
+    def divergence(self, keep: Keep, part: slice = slice(None)) -> float:
         """KL(dense || candidate), mean over the tokens of some of the sequences, nats."""
 
         def judge() -> Entry:
             pieces = list(self._pieces(part))
             self._see_dense(pieces)
-            outputs = self._outputs(cut, pieces, self._question)
+            outputs = self._outputs(keep, pieces, self._question)
             total = sum(self._tail(rows, hidden)[0] for rows, hidden in zip(pieces, outputs, strict=True))
             return Entry(facts=total / self._ids[part].numel())
 
         return float(self._answer(judge, part, self._decoder.layers).facts)
 
-    def effects(self, cut: Cut, options: Mapping[int, Sequence[Widths]], part: slice = slice(None)) -> Effects:
+    def effects(self, keep: Keep, options: Mapping[int, Sequence[Keep]], part: slice = slice(None)) -> Effects:
         """What each option of each layer would change the divergence by, on some of the sequences."""
 
         def judge() -> Entry:
             self._see_dense(list(self._pieces(part)))
-            self._forget_fitted(cut, options)
+            self._forget_fitted(keep, options)
             found = {layer: [[0.0, 0.0] for _ in of_layer] for layer, of_layer in options.items()}
             tokens = self._ids[part].numel()
-            blocks = self._blocks(cut)
+            blocks = [self._block(layer, keep) for layer in range(self._decoder.layers)]
             for rows in self._pieces(part):
                 with torch.no_grad():
                     inputs = self._forward(rows, blocks)
@@ -182,11 +196,11 @@ class Candidates:
         """Keep what the dense model's last block puts out, as every question needs it."""
         if unseen := [rows for rows in pieces if (rows.start, rows.stop) not in self._dense]:
             name = f"{STEP}-dense-{unseen[0].start}-{unseen[-1].stop}"
-            for rows, hidden in zip(unseen, self._outputs(self._uncut, unseen, name), strict=True):
+            for rows, hidden in zip(unseen, self._outputs({}, unseen, name), strict=True):
                 self._dense[rows.start, rows.stop] = hidden
 
     @torch.no_grad()
-    def _outputs(self, cut: Cut, pieces: Sequence[slice], name: str) -> Sequence[torch.Tensor]:
+    def _outputs(self, keep: Keep, pieces: Sequence[slice], name: str) -> Sequence[torch.Tensor]:
         """What the last block of a candidate puts out, for each piece `(N, T, D)` float32; one block in memory.
 
         What leaves a block stays in the journal under this name until the next block has run.
@@ -201,7 +215,7 @@ class Candidates:
         fitted = self._fitted
         for layer in layers[first:]:
             self._fitted = dict(fitted)  # what is fitted for this candidate alone goes with its block
-            block = self._block(layer, cut[layer])
+            block = self._block(layer, keep)
             output = torch.empty_like(states)
             for read, written in zip(states.split(counts), output.split(counts), strict=True):
                 written.copy_(self._run(layer, block, read))
@@ -238,24 +252,18 @@ class Candidates:
                     (drawn[at],) = torch.autograd.grad(-found.gather(1, token).sum(), x)
         return total, divergence, drawn
 
-    def _blocks(self, cut: Cut) -> list[nn.Module]:
-        """All blocks of a candidate."""
-        return [self._block(layer, cut[layer]) for layer in range(self._decoder.layers)]
-
-    def _block(self, layer: int, widths: Widths) -> nn.Module:
+    def _block(self, layer: int, keep: Keep) -> nn.Module:
         """A refitted and cut copy of one block."""
-        of_layer = self._layers[layer]
-        keep = of_layer.keep(*widths)
-        groups = (of_layer.kv_heads, of_layer.heads, of_layer.channels)
+        groups = self._groups[layer]
         with self._decoder.block(layer) as dense:
             block = copy.deepcopy(dense)
         blocks = self._decoder.blocks
         original = blocks[layer]
         blocks[layer] = block
         try:
-            for group in groups[1:]:
-                if self._is_refitted and len(keep[group.name]) < group.units:
-                    self._refit(group, keep[group.name])
+            for group in groups if self._is_refitted else ():
+                if group.kind != "kv_heads" and len(kept(keep, group)) < group.units:
+                    self._refit(group, tuple(kept(keep, group)))
             shrink_blocks(self._decoder.model, groups, keep)
         finally:
             blocks[layer] = original
@@ -273,14 +281,10 @@ class Candidates:
             self._fitted[group.name, units] = refit(weight, moments, columns).weight.to(self._pass.dtype)
         weight[:, columns] = self._fitted[group.name, units].to(weight.dtype)
 
-    def _forget_fitted(self, cut: Cut, options: Mapping[int, Sequence[Widths]]) -> None:
-        """Drop what was fitted for other widths than those of a candidate and of its options."""
-        read = {
-            choice
-            for layer, widths in cut.items()
-            for each in (widths, *options.get(layer, ()))
-            for choice in self._layers[layer].keep(*each).items()
-        }
+    def _forget_fitted(self, keep: Keep, options: Mapping[int, Sequence[Keep]]) -> None:
+        """Drop what was fitted for other units than those of a candidate and of its options."""
+        each = itertools.chain([keep], *options.values())
+        read = {(name, tuple(units)) for of_each in each for name, units in of_each.items()}
         self._fitted = {choice: weight for choice, weight in self._fitted.items() if choice in read}
 
     def _run(self, layer: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

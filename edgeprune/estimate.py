@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
+from edgeprune.allocation import judged
 from edgeprune.allocation.search import budget
 from edgeprune.candidates import judging_sequences
 from edgeprune.memory import Sizes
@@ -36,6 +37,9 @@ DOUBLE = 4
 
 RULES = 7
 """So many cuts of fixed rules are refitted and judged, also by a search before its first round."""
+
+SCORE_SOLVES = 12
+"""Scores of another method that are compared: at most (`obs`) as long as so many systems."""
 
 ROUND_FORWARDS, ROUND_SOLVES = 10, 3
 """What one round of a search costs: a candidate forward and backward with the options of its blocks, and the judging of
@@ -109,7 +113,8 @@ def _search_seconds(preset: Preset, pace: Pace) -> float:
     tokens = judging_sequences(held_out, preset.calibration_tokens) * preset.calibration_tokens
     of_rules = RULES * (tokens * pace.forward + pace.solve)
     if name == "judged":
-        return of_rules
+        others = len(judged.methods(argument or None))
+        return (1 + others) * of_rules + others * SCORE_SOLVES * pace.solve
     rounds, seconds = budget(argument or None)
     if seconds < math.inf:
         return seconds

@@ -174,6 +174,7 @@ class Work:
         dtype: of the statistics' matrix products.
         graded: sequences that the gradients see.
         judges: the allocation judges candidates.
+        compares: it does so by the scores of other methods as well.
         searches: the allocation holds whole candidates in memory.
         reconstructs: the MLPs are reconstructed after the refit.
         recovers: the cut model is trained as a whole.
@@ -186,6 +187,7 @@ class Work:
     dtype: torch.dtype
     graded: int
     judges: bool = False
+    compares: bool = False
     searches: bool = False
     reconstructs: bool = False
     recovers: bool = False
@@ -224,7 +226,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         "the first and last layer in float32": always + FLOAT32_BYTES * sizes.outside_parameters,
         "the statistics of a block": always + weights + grams + max(step, sizes.gram_bytes),
     }
-    if "inputs" in work.method.needs:
+    if work.compares or "inputs" in work.method.needs:
         found["the scores of a block"] = always + weights + grams + SCORE_MATRICES * matrix
     if work.refits:
         found["the refit of a block"] = always + weights + grams + REFIT_MATRICES * matrix
@@ -353,8 +355,8 @@ def _advice(sizes: Sizes, work: Work, budget: int) -> str:
         "lower --calibration-tokens": (replace(sizes, length_tokens=64), work),
         "use --dtype bfloat16": (sizes, replace(work, dtype=torch.bfloat16)),
         "use a --method without gradients": (sizes, replace(work, graded=0)),
-        "use --allocation judged": (sizes, replace(work, searches=False)),
-        "use --allocation protect": (sizes, replace(work, judges=False, searches=False)),
+        "use --allocation judged": (sizes, replace(work, searches=False, compares=False)),
+        "use --allocation protect": (sizes, replace(work, judges=False, searches=False, compares=False)),
         "use --refit least-squares": (sizes, replace(work, reconstructs=False)),
         "use --sparsity-scope mlp": (sizes, replace(work, zeros=work.zeros and "mlp")),
         "use --refit none": (sizes, replace(work, refits=False, reconstructs=False)),

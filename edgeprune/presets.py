@@ -51,9 +51,9 @@ PRESETS: Mapping[str, Preset] = {
         gradient_sequences=32,
     ),
     "best": Preset(
-        "gradients score the units, the best rule for widths, every MLP is reconstructed for longer and on more text",
+        "the best scores and the best rule for widths, every MLP is reconstructed for longer and on more text",
         method="fisher",
-        allocation="judged",
+        allocation="judged:obs",
         refit="reconstruct:5",
         calibration_sequences=256,
         calibration_tokens=512,

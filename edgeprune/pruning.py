@@ -3,6 +3,7 @@
 The order of the papers: group, estimate, allocate (`make_plan`), then refit and cut (`apply_plan`). Both walk the model
 block by block and leave what they finish in a journal: the steps of `statistics`, then
 
+    scores-METHOD-L  scores of block L by another method than was asked for, which `judged` compares
     search-N         the answer to the Nth question about widths, of `judged` or of a search
     plan             the plan
     cut-L            the tensors of block L, refitted and cut; the moments of its inputs are dropped from the disk then
@@ -204,6 +205,12 @@ class Settings:
         return bool(getattr(self._allocation, "NEEDS_JUDGE", False))
 
     @property
+    def compares_scores(self) -> bool:
+        """Whether the allocation compares scores of other methods with those of `method`."""
+        methods = getattr(self._allocation, "methods", None)
+        return methods is not None and bool(methods(self.allocation.partition(":")[2] or None))
+
+    @property
     def holds_models(self) -> bool:
         """Whether the allocation holds whole candidates in memory."""
         return bool(getattr(self._allocation, "HOLDS_MODELS", False))
@@ -310,7 +317,7 @@ def _decide(
     settings: Settings,
     stats: Stats,
     dtype: torch.dtype,
-    judge_of: Callable[[Problem], Candidates],
+    judge_of: Callable[[], Candidates],
 ) -> PrunePlan:
     """The plan that the statistics lead to."""
     notes: list[str] = []
@@ -371,7 +378,7 @@ def allocate(
     scores: Mapping[str, torch.Tensor],
     settings: Settings,
     influence: Sequence[float] = (),
-    judge_of: Callable[[Problem], Judge] | None = None,
+    judge_of: Callable[[], Judge] | None = None,
     remark: Callable[[str], None] = lambda text: None,
 ) -> dict[str, tuple[int, ...]]:
     """Keep list that removes `settings.ratio` of all parameters.
@@ -399,7 +406,7 @@ def allocate(
     method = plugins.find("allocation", name, "allocation")
     if settings.reads_moments:
         assert judge_of is not None, f"{settings.allocation} judges candidates, and nobody said how"
-        problem = replace(problem, judge=judge_of(problem))
+        problem = replace(problem, judge=judge_of())
     keep: dict[str, tuple[int, ...]] = method.allocate(problem, argument or None)
     check_keep(groups, keep)
     wanted = round(settings.ratio * total)
@@ -415,7 +422,6 @@ def allocate(
 
 def judge(
     model: PreTrainedModel | Decoder,
-    problem: Problem,
     calibration: Calibration,
     settings: Settings,
     stats: Stats,
@@ -433,7 +439,6 @@ def judge(
     settings.check_sequences(len(calibration.ids))
     return Candidates(
         Decoder.of(model),
-        problem.layers,
         stats.moments,
         held_out(calibration.ids),
         is_refitted=settings.refit not in ("none", "bias"),

@@ -23,7 +23,7 @@ With several ranks each walks its own sequences, and sums over tokens become sum
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Self
@@ -406,7 +406,7 @@ class BlockWalk:
             tensors = {}
             if not self.graded:
                 for group in self.groups[layer]:
-                    tensors[scores_of(group)] = self.method.scores(group, self._evidence(block, group, moments))
+                    tensors[scores_of(group)] = self.method.scores(group, self._evidence(block, group, Found(moments)))
         output.flush()
         if self.graded:
             self._block_input(layer).flush()
@@ -478,7 +478,7 @@ class BlockWalk:
                             squares[name] += (of_weight * self.graded).square() / self.graded
                     scores = {
                         (group.name, sampler.name): sampler.scores(
-                            group, self._evidence(block, group, moments, of_step, effects=of_masks)
+                            group, self._evidence(block, group, Found(moments, of_step, effects=of_masks))
                         )
                         for group, sampler in itertools.product(groups, samplers)
                     }
@@ -488,8 +488,8 @@ class BlockWalk:
             tensors = {}
             for group in groups:
                 of_samples = {m.name: torch.stack([s[group.name, m.name] for _, s in samples]) for m in samplers}
-                evidence = self._evidence(block, group, moments, sums, squares, effects, of_samples, masks)
-                tensors[scores_of(group)] = self.method.scores(group, evidence)
+                found = Found(moments, sums, squares, effects, of_samples, masks)
+                tensors[scores_of(group)] = self.method.scores(group, self._evidence(block, group, found))
         incoming.flush()
         self.journal.put(f"gradients-{layer}", Entry(tensors))
         self.journal.forget(f"gradient-{layer + 2}", f"inputs-{layer + 1}")
@@ -520,51 +520,9 @@ class BlockWalk:
         loss = float(self.journal.facts("loss")) if self.graded else None
         return Stats(moments=JournalMoments(self.journal, kept), scores=scores, loss=loss, influence=influence)
 
-    def _evidence(
-        self,
-        block: nn.Module,
-        group: Group,
-        moments: Mapping[str, Moments],
-        gradients: Mapping[str, torch.Tensor] | None = None,
-        squares: Mapping[str, torch.Tensor] | None = None,
-        effects: Mapping["Side", torch.Tensor] | None = None,
-        samples: Mapping[str, torch.Tensor] | None = None,
-        masks: Mapping[str, torch.Tensor] | None = None,
-    ) -> Evidence:
-        """Evidence of one group, oriented so that dimension 0 is the channel."""
-
-        def of_slot(slot: Slot, units: int) -> SlotEvidence:
-            rows = slot.all_lines(units)
-            linear = self._linear(block, group.layer, slot.module)
-            inputs = moments.get(slot.module) if slot.side == "in" else None
-
-            def channels(matrix: torch.Tensor) -> torch.Tensor:
-                matrix = oriented(linear, matrix)
-                return (matrix if slot.side == "out" else matrix.T)[rows].float()
-
-            return SlotEvidence(
-                slot=slot,
-                weight=channels(linear.weight.detach()),
-                gradient=channels(gradients[slot.module]) if gradients else None,
-                fisher=channels(squares[slot.module]) if squares else None,
-                effect=effects[_side(slot)][rows] if effects else None,
-                input_sq_mean=inputs.gram.diagonal()[rows] if inputs else None,
-                input_mean=inputs.mean[rows] if inputs else None,
-                gram=inputs.gram[rows, rows] if inputs else None,
-            )
-
-        readers, masks = self._dependants(group), masks or {}
-        return Evidence(
-            slots=tuple(of_slot(slot, group.units) for slot in group.slots),
-            samples=samples or {},
-            dependants=tuple(of_slot(slot, reader.units) for reader in readers for slot in reader.slots),
-            mask_fisher=masks.get(group.name),
-            dependants_mask_fisher=next((masks.get(reader.name) for reader in readers), None),
-        )
-
-    def _dependants(self, group: Group) -> list[Group]:
-        """The groups whose units go with a unit of this one."""
-        return [other for other in self.groups[group.layer] if other.parent == group.name]
+    def _evidence(self, block: nn.Module, group: Group, found: "Found") -> Evidence:
+        linear = partial(self._linear, block, group.layer)
+        return evidence_of(group, self.groups[group.layer], linear, found)
 
     def _backpropagated(
         self,
@@ -623,7 +581,8 @@ class BlockWalk:
 
     def _mask_squares(self, group: Group, effects: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What a step adds to the mask Fisher information of each unit, from `_backpropagated`: float64 `(units,)`."""
-        reader = next(iter(self._dependants(group)), group)  # KV heads have one mask for all their query heads
+        # KV heads have one mask for all their query heads
+        reader = next(iter(dependants_of(group, self.groups[group.layer])), group)
         slot = reader.inner
         channels = effects[slot.module][..., slot.all_lines(reader.units)]
         # the loss is a mean over all targets; the information is of the nats themselves, and the mean of their squares
@@ -672,6 +631,78 @@ class BlockWalk:
 
 Side = tuple[str, str]
 """A Linear's name, and "in" or "out"."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a walk has found of a block, by Linear (effects also by side) or by group; see `importance.Evidence`."""
+
+    moments: Mapping[str, Moments]
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    squares: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    effects: Mapping[Side, torch.Tensor] = field(default_factory=dict)
+    samples: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def evidence_of(group: Group, siblings: Sequence[Group], linear: Callable[[str], Linear], found: Found) -> Evidence:
+    """Evidence of one group, oriented so that dimension 0 is the channel.
+
+    Args:
+        group: the group.
+        siblings: all groups of its block.
+        linear: finds a Linear of the block by its name.
+        found: what is known.
+    """
+
+    def of_slot(slot: Slot, units: int) -> SlotEvidence:
+        rows = slot.all_lines(units)
+        reader = linear(slot.module)
+        inputs = found.moments.get(slot.module) if slot.side == "in" else None
+
+        def channels(matrix: torch.Tensor) -> torch.Tensor:
+            matrix = oriented(reader, matrix)
+            return (matrix if slot.side == "out" else matrix.T)[rows].float()
+
+        return SlotEvidence(
+            slot=slot,
+            weight=channels(reader.weight.detach()),
+            gradient=channels(found.gradients[slot.module]) if found.gradients else None,
+            fisher=channels(found.squares[slot.module]) if found.squares else None,
+            effect=found.effects[_side(slot)][rows] if found.effects else None,
+            input_sq_mean=inputs.gram.diagonal()[rows] if inputs else None,
+            input_mean=inputs.mean[rows] if inputs else None,
+            gram=inputs.gram[rows, rows] if inputs else None,
+        )
+
+    readers = dependants_of(group, siblings)
+    return Evidence(
+        slots=tuple(of_slot(slot, group.units) for slot in group.slots),
+        samples=found.samples,
+        dependants=tuple(of_slot(slot, reader.units) for reader in readers for slot in reader.slots),
+        mask_fisher=found.masks.get(group.name),
+        dependants_mask_fisher=next((found.masks.get(reader.name) for reader in readers), None),
+    )
+
+
+def dependants_of(group: Group, siblings: Sequence[Group]) -> list[Group]:
+    """The groups of the block whose units go with a unit of this one."""
+    return [other for other in siblings if other.parent == group.name]
+
+
+def moment_scores(
+    decoder: Decoder, groups: Sequence[Group], method: Method, moments: Mapping[str, Moments]
+) -> dict[str, torch.Tensor]:
+    """Scores `(units,)` float32 of the groups of one block, by a method that reads weights and moments alone."""
+    layer = groups[0].layer
+    with decoder.block(layer) as block:
+
+        def linear(name: str) -> Linear:
+            return linear_of(block, name.removeprefix(decoder.prefix(layer)))
+
+        readers = [slot.module for group in groups for slot in group.slots if slot.side == "in"]
+        found = Found({name: moments[name] for name in readers if "inputs" in method.needs})
+        return {group.name: method.scores(group, evidence_of(group, groups, linear, found)) for group in groups}
 
 
 @contextmanager

@@ -277,14 +277,17 @@ def test_results_are_found_again_also_behind_a_line_that_was_cut_off(results: An
 def test_recipes_of_the_table_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = module("recipes", monkeypatch)
     found = recipes.named(recipes.Settings(0.2))
-    assert {recipe.kind for recipe in found} == {"other", "fusion", "ours"}
+    assert {recipe.kind for recipe in found} == {"other", "fusion", "ours", "trained"}
     assert len({recipe.name for recipe in found}) == len(found)
     assert all(recipe.at(0.5).ratio == 0.5 for recipe in found)
+    assert [recipe.name for recipe in found if recipe.settings.recover != "none"] == ["ours, best, recovered"]
     fusion = [recipe.settings for recipe in found if recipe.kind == "fusion"]
     assert len({(s.allocation, s.refit, s.heads) for s in fusion}) == 1
 
 
-@pytest.mark.parametrize("text", ["obs", "=obs", "a=obs|uniform|none|even|more", "a=obs||maybe", "a=osb", "a=obs|||no"])
+@pytest.mark.parametrize(
+    "text", ["obs", "=obs", "a=obs|uniform|none|even|lora|more", "a=obs||||more", "a=obs||maybe", "a=osb", "a=obs|||no"]
+)
 def test_recipes_that_are_not_understood_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     recipes = module("recipes", monkeypatch)
     with pytest.raises(EdgepruneError):
@@ -504,10 +507,11 @@ def test_accuracy_calibrates_on_one_half_of_the_documents_and_judges_the_other(
         *("accuracy", "--model", str(stories260k), "--documents", str(stories), "--windows", "all"),
         *(*TINY_CALIBRATION, "--results", str(tmp_path / "results.jsonl")),
         *("--recipe", "a=wanda-sp|uniform:mixed|none|even", "--recipe", "b=wanda-sp|uniform:mixed||even"),
+        *("--recipe", "c=wanda-sp|uniform:mixed||even|lora"),
     )
-    dense, plain, refitted = found["tables"][0]["rows"]
+    dense, plain, refitted, recovered = found["tables"][0]["rows"]
     assert dense["perplexity"] == pytest.approx(4.5, abs=0.2)
-    assert dense["perplexity"] < refitted["perplexity"] < plain["perplexity"]
+    assert dense["perplexity"] < recovered["perplexity"] < refitted["perplexity"] < plain["perplexity"]
     assert plain["removed / all"] == refitted["removed / all"] == pytest.approx(0.2, abs=0.02)
 
 

@@ -6,13 +6,19 @@ is refitted and judged whole: the KL divergence of its predictions from the dens
 are kept aside (`edgeprune.candidates`). The rules are `uniform:mixed`, `protect` and, where the blocks' influence is
 known, `influence`, each with heads that compete by lost score and with heads that give the same share as channels; and
 `knapsack`.
+
+Nor are any scores best for every model. `judged:obs` lets each rule choose by those of `obs` as well as by those of
+`--method`, `judged:obs,flap` by three. They must be of methods that read no gradients: the moments that the judge fits
+with tell them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from edgeprune import plugins
 from edgeprune.allocation import influence, knapsack, protect, uniform
-from edgeprune.budget import Cut, Heads, Judge, Problem, cut_of, keep_list, refuse_argument, removed
+from edgeprune.budget import Cut, Heads, Judge, Problem, cut_of, keep_list, removed
+from edgeprune_runtime.errors import EdgepruneError
 
 NEEDS_JUDGE = True
 
@@ -21,16 +27,29 @@ def check(argument: str | None, heads: Heads) -> None:
     """Check what the user wrote, before any long work.
 
     Raises:
-        EdgepruneError: if there is an argument.
+        EdgepruneError: if the argument names something else than methods that read moments alone.
     """
-    refuse_argument("judged", argument)
+    for name in methods(argument):
+        needs = plugins.find("importance", name, "importance method").NEEDS
+        if not needs <= {"inputs"}:
+            raise EdgepruneError(
+                f"judged:{argument} cannot compare the scores of {name}, which reads gradients; expected methods that "
+                "read none, such as judged:obs"
+            )
+
+
+def methods(argument: str | None) -> list[str]:
+    """Importance methods whose scores are compared with those of `--method`."""
+    return argument.split(",") if argument else []
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
-    """Keep list of the best rule."""
+    """Keep list of the best rule by the best scores."""
     judge = problem.judge
     assert judge is not None, "rules are compared by something that judges candidates"
-    return keep_list(problem, nearest(problem, judge, slice(None))[0])
+    scored = {f", scores {name}": problem.scored(judge.scores(name)) for name in methods(argument)}
+    best, cut, _ = nearest({"": problem, **scored}, judge, slice(None))
+    return keep_list(best, cut)
 
 
 def rules(problem: Problem) -> dict[str, Cut]:
@@ -54,14 +73,25 @@ def rules(problem: Problem) -> dict[str, Cut]:
     return {name: cut for name, cut in cuts.items() if missed[name] <= allowed}
 
 
-def nearest(problem: Problem, judge: Judge, part: slice) -> tuple[Cut, float]:
-    """The rule's cut with the least divergence on a part of the sequences, and that divergence."""
-    cuts = rules(problem)
+def nearest(problems: Mapping[str, Problem], judge: Judge, part: slice) -> tuple[Problem, Cut, float]:
+    """The rule's cut with the least divergence on a part of the sequences, its problem, and that divergence.
+
+    Args:
+        problems: the same one by different scores; a rule's name is followed by theirs.
+        judge: judges the cuts.
+        part: of the sequences.
+    """
+    candidates = {
+        f"{rule}{scores}": (problem, cut)
+        for scores, problem in problems.items()
+        for rule, cut in rules(problem).items()
+    }
     divergences = {}
-    for number, (name, cut) in enumerate(cuts.items(), 1):
-        judge.stage = f"rule {number} of {len(cuts)} ({name})"
-        divergences[name] = judge.divergence(cut, part)
+    for number, (name, (problem, cut)) in enumerate(candidates.items(), 1):
+        judge.stage = f"rule {number} of {len(candidates)} ({name})"
+        divergences[name] = judge.divergence(keep_list(problem, cut), part)
     best, *others = sorted(divergences, key=divergences.__getitem__)
     behind = "".join(f"; {name} {divergences[name]:.3f}" for name in others)
+    problem, cut = candidates[best]
     problem.remark(f"widths of {best}: {divergences[best]:.3f} nats per token from the dense model{behind}")
-    return cuts[best], divergences[best]
+    return problem, cut, divergences[best]

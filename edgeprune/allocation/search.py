@@ -70,7 +70,7 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
     rounds, seconds = budget(argument)
     began = time.monotonic()
     starting = replace(problem, remark=lambda text: problem.remark(f"the search began with {text}"))
-    cut, best = nearest(starting, judge, judge.accepting)
+    _, cut, best = nearest({"": starting}, judge, judge.accepting)
     step = max(1, max(layer.channels.units for layer in problem.layers) // LARGEST_STEP // problem.align)
     for number in range(1, rounds + 1):
         if step == 0 or time.monotonic() - began > seconds:
@@ -84,7 +84,7 @@ def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...
                 break
             candidate = _apply(problem, cut, moves, fraction)
             judge.stage = f"{round_name}, candidate {trial}"
-            divergence = judge.divergence(candidate, judge.accepting)
+            divergence = judge.divergence(keep_list(problem, candidate), judge.accepting)
             if divergence < best * (1 - LEAST_GAIN):
                 cut, best = candidate, divergence
                 break
@@ -140,7 +140,8 @@ def _moves(problem: Problem, judge: Judge, cut: Cut, step: int, part: slice) -> 
     """The steps of every layer, with their effects."""
     channels = {i: _channel_options(problem, i, cut[i], step) for i in cut}
     attention = {i: _attention_options(problem, i, cut[i]) for i in cut}
-    effects = judge.effects(cut, {i: [*channels[i], *attention[i]] for i in cut}, part)
+    options = {i: [problem.layers[i].keep(*to) for to in (*channels[i], *attention[i])] for i in cut}
+    effects = judge.effects(keep_list(problem, cut), options, part)
     steps: dict[tuple[int, str], list[_Step]] = {}
     worth = {}
     for i, at in cut.items():

@@ -147,6 +147,7 @@ def fit_memory(
         dtype=dtype,
         graded=graded_sequences(options, settings),
         judges=settings.reads_moments,
+        compares=settings.compares_scores,
         searches=settings.holds_models,
         reconstructs="reconstruct" in (settings.mode, sparsity and sparsity.mode) and not options.dry_run,
         recovers=settings.recover_passes > 0 and not options.dry_run,

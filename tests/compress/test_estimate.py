@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from edgeprune.estimate import BACKWARD, LOGITS, PATHS, PRODUCTS, RULES, Pace, estimate_seconds
+from edgeprune.estimate import BACKWARD, LOGITS, PATHS, PRODUCTS, RULES, SCORE_SOLVES, Pace, estimate_seconds
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
 from edgeprune.refit import PASSES
@@ -72,6 +72,8 @@ def test_a_search_takes_its_rounds_or_its_minutes() -> None:
     rounds = [estimate_seconds(replace(PLAIN, allocation=f"search:{n}"), PACE) - plain for n in (1, 4)]
     rules = estimate_seconds(replace(PLAIN, allocation="judged"), PACE) - plain
     assert rules == pytest.approx(RULES * (8 * 100 * 1e-3 + 2.0))
+    compared = estimate_seconds(replace(PLAIN, allocation="judged:obs,magnitude"), PACE) - plain
+    assert compared == pytest.approx(3 * rules + 2 * SCORE_SOLVES * 2.0)
     assert rounds[1] - rules == pytest.approx(4 * (rounds[0] - rules))
     assert rounds[0] - rules == pytest.approx(10 * 8 * 100 * 1e-3 + 3 * 2.0)
     assert estimate_seconds(replace(PLAIN, allocation="search"), PACE) > plain + rounds[0]

@@ -112,6 +112,8 @@ def test_widths_of_seven_billion_parameters_are_judged_in_six_gigabytes() -> Non
     of_phases = phases(SEVEN, judging, 4096)
     assert of_phases == phases(replace(SEVEN, layers=320), judging, 4096)
     assert of_phases["the judging of a block"] > of_phases["the judging of a cut"] > 0
+    comparing = phases(SEVEN, replace(judging, compares=True), 4096)
+    assert comparing == of_phases | {"the scores of a block": phases(SEVEN, work("obs"), 4096)["the scores of a block"]}
 
 
 def test_steps_become_smaller_to_fit() -> None:

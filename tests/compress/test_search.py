@@ -37,7 +37,7 @@ def judged(name: str, journal: Journal | None = None) -> tuple[PreTrainedModel, 
     calibration = calibrated(model)
     _, stats = make_plan(model, "toy", calibration, SETTINGS, with_moments=True)
     problem = make_problem(model, model_groups(model), stats.scores, SETTINGS, stats.influence)
-    judge_ = judge(model, problem, calibration, SETTINGS, stats, journal=journal)
+    judge_ = judge(model, calibration, SETTINGS, stats, journal=journal)
     return model, replace(problem, judge=judge_), stats, calibration
 
 
@@ -64,7 +64,7 @@ def test_divergence_is_that_of_the_refitted_and_cut_model(name: str) -> None:
     cut = cut_evenly(problem, range(len(problem.layers)), same_widths=False)
     assert problem.judge is not None
     ids = calibration.ids[-4:]
-    assert problem.judge.divergence(cut, slice(None)) == pytest.approx(
+    assert problem.judge.divergence(keep_list(problem, cut), slice(None)) == pytest.approx(
         divergence(model, cut_model(model, problem, cut, stats, calibration), ids), rel=1e-4
     )
 
@@ -78,11 +78,13 @@ def test_effects_predict_what_small_steps_do() -> None:
         counts = problem.channel_counts(problem.layers[i])
         at = counts.index(channels)
         options[i] = [(attention, counts[at + 1]), (attention, counts[at - 1])]
-    before = problem.judge.divergence(cut, slice(None))
+    before = problem.judge.divergence(keep_list(problem, cut), slice(None))
+    keeps = {i: [problem.layers[i].keep(*to) for to in of_layer] for i, of_layer in options.items()}
     predicted, found = [], []
-    for i, effects in problem.judge.effects(cut, options, slice(None)).items():
+    for i, effects in problem.judge.effects(keep_list(problem, cut), keeps, slice(None)).items():
         predicted += [effect.total for effect in effects]
-        found += [problem.judge.divergence({**cut, i: option}, slice(None)) - before for option in options[i]]
+        changed = [keep_list(problem, {**cut, i: option}) for option in options[i]]
+        found += [problem.judge.divergence(keep, slice(None)) - before for keep in changed]
     correlation = float(torch.corrcoef(torch.tensor([predicted, found]))[0, 1])
     assert correlation > 0.8
     assert sum(map(abs, predicted)) == pytest.approx(sum(map(abs, found)), rel=0.5)
@@ -92,7 +94,7 @@ def test_an_option_that_changes_nothing_has_no_effect() -> None:
     _, problem, _, _ = judged("llama")
     assert problem.judge is not None
     cut = cut_evenly(problem, range(len(problem.layers)), same_widths=False)
-    effects = problem.judge.effects(cut, {1: [cut[1]]}, slice(None))
+    effects = problem.judge.effects(keep_list(problem, cut), {1: [problem.layers[1].keep(*cut[1])]}, slice(None))
     assert [abs(effect.total) < 1e-9 for effect in effects[1]] == [True]
 
 
@@ -110,8 +112,8 @@ def test_search_is_at_least_as_near_as_its_starts_at_the_same_size(name: str, he
     cut = cut_of(problem, keep)
     largest = problem.align * max(map(problem.channel_cost, problem.layers))
     assert abs(removed(problem, cut) - problem.remove) <= largest
-    nearest = min(judge_.divergence(start, judge_.accepting) for start in starts.values())
-    assert judge_.divergence(cut, judge_.accepting) <= nearest
+    nearest = min(judge_.divergence(keep_list(problem, start), judge_.accepting) for start in starts.values())
+    assert judge_.divergence(keep, judge_.accepting) <= nearest
     if heads == "keep":
         assert all(
             attention == layer.attention_choices[0]
@@ -129,7 +131,7 @@ def test_judged_takes_the_rule_whose_cut_is_nearest(heads: str) -> None:
     assert all(cuts.count(cut) == 1 for cut in cuts)
     judge_ = problem.judge
     assert judge_ is not None
-    divergences = [judge_.divergence(cut, slice(None)) for cut in cuts]
+    divergences = [judge_.divergence(keep_list(problem, cut), slice(None)) for cut in cuts]
     assert len(set(divergences)) > 1
     said: list[str] = []
     found = cut_of(problem, judged_rules.allocate(replace(problem, remark=said.append), None))
@@ -148,9 +150,50 @@ def test_rules_have_heads_that_compete_and_heads_that_give_an_even_share() -> No
     assert len(auto) > len(even)
 
 
-def test_judged_takes_no_argument() -> None:
-    with pytest.raises(EdgepruneError, match="judged takes no argument"):
-        Settings(0.2, allocation="judged:3").check()
+def test_judged_takes_the_scores_whose_cut_is_nearest() -> None:
+    model, problem, stats, calibration = judged("llama")
+    by_obs = make_plan(model, "toy", calibration, replace(SETTINGS, method="obs"), with_moments=True)[1].scores
+    judge_ = problem.judge
+    assert judge_ is not None
+    found = judge_.scores("obs")
+    assert found.keys() == by_obs.keys() == stats.scores.keys()
+    assert all(torch.equal(found[name], by_obs[name]) for name in found)
+    nearest = min(
+        judge_.divergence(keep_list(each, cut), slice(None))
+        for each in (problem, problem.scored(by_obs))
+        for cut in rules(each).values()
+    )
+    said: list[str] = []
+    keep = judged_rules.allocate(replace(problem, remark=said.append), "obs")
+    assert judge_.divergence(keep, slice(None)) == nearest
+    (remark,) = said
+    assert ", scores obs" in remark
+    assert remark.count(";") == len(rules(problem)) + len(rules(problem.scored(by_obs))) - 1
+
+
+def test_scores_that_are_compared_come_from_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [judged("llama", Journal(tmp_path))[1].judge.scores("obs")]  # type: ignore[union-attr]
+    monkeypatch.setattr("edgeprune.candidates.moment_scores", lambda *_: pytest.fail("computed again"))
+    scores.append(judged("llama", Journal(tmp_path))[1].judge.scores("obs"))  # type: ignore[union-attr]
+    assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("3", "unknown importance method '3'"), ("obs,fisher", "scores of fisher, which reads gradients"), ("obs,", "''")],
+)
+def test_judged_refuses_scores_that_moments_do_not_tell(argument: str, message: str) -> None:
+    with pytest.raises(EdgepruneError, match=message):
+        Settings(0.2, allocation=f"judged:{argument}").check()
+
+
+def test_make_plan_compares_scores() -> None:
+    model = toy("llama")
+    settings = replace(SETTINGS, method="taylor-coarse", allocation="judged:obs,magnitude")
+    plan, _ = make_plan(model, "toy", calibrated(model), settings)
+    (note,) = (note for note in plan.notes if note.startswith("widths of "))
+    assert "scores obs" in note
+    assert "scores magnitude" in note
 
 
 def test_search_continues_from_its_journal(tmp_path: Path) -> None:
