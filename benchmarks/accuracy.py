@@ -64,6 +64,7 @@ from results import Record, Results, code_hash
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgeprune import calibration as calibrating
+from edgeprune.cli.extras import need
 from edgeprune.cli.stages import Stages
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
@@ -140,7 +141,7 @@ class Experiment:
         if cut is not None:
             path = Path(self.calibration)
             key |= {
-                "settings": asdict(cut.settings),
+                "settings": _settings_key(cut.settings),
                 "calibration": {
                     "text": sha256(path) if path.is_file() else self.calibration,
                     "sequences": self.args.calibration_sequences,
@@ -168,6 +169,8 @@ def main() -> Report:
     gradient_sequences = args.gradient_sequences or args.calibration_sequences
     base = Settings(args.ratios[0], align=args.align, gradient_sequences=gradient_sequences)
     recipes = [parse_recipe(text, base) for text in args.recipe] if args.recipe else named(base)
+    if any(recipe.settings.recover_passes for recipe in recipes) and not args.only_table:
+        need("recover", "peft")
     for ratio in args.ratios:
         check_ratio(ratio)
     results = Results(args.results, code_hash() if args.same_code else None)
@@ -246,6 +249,7 @@ def measure(experiment: Experiment, results: Results) -> dict[Cut, str]:
                     with stages.stage(f"recovery of {_title(cut)}"):
                         judged = recovered(model, smaller, passes, calibration, experiment.dtype)
                 _measure_one(experiment, results, stages, judged, tokenizer, cut)
+            del smaller, judged  # before the next one is made
     return failures
 
 
@@ -297,7 +301,7 @@ def _statistics(
     # The statistics must serve all: their plan is one that can be made whatever the ratios are; nobody carries it out.
     ratio = min(cut.settings.ratio for cut in sharing)
     settings = replace(sharing[0].settings, ratio=ratio, allocation="uniform:mixed", heads="auto")
-    refits = any(cut.settings.refit != "none" for cut in sharing)
+    refits = any(cut.settings.refit != "none" or cut.settings.reads_moments for cut in sharing)
     plan, stats = make_plan(
         model, experiment.source.description, calibration, settings, dtype=experiment.dtype, with_moments=refits
     )
@@ -572,6 +576,11 @@ def model_key(source: Source) -> Key:
     files = [source.path] if source.path.is_file() else sorted(source.path.glob("*.safetensors"))
     files += [file for file in (source.path / "config.json",) if file.is_file()]
     return {"name": Path(source.name).name, "files": [sha256(file) for file in files]}
+
+
+def _settings_key(settings: Settings) -> Key:
+    """All settings; but measurements that are older than recovery do not name it."""
+    return {name: value for name, value in asdict(settings).items() if (name, value) != ("recover", "none")}
 
 
 def _title(cut: Cut | None) -> str:

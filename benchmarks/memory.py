@@ -413,7 +413,7 @@ def make_report(title: str, runs: Sequence[Run], whole: int, limit_gb: float, sh
             run.usage.peak_rss_bytes / 1e9,
             run.usage.peak_anonymous_bytes / 1e9,
             run.estimate_bytes and run.estimate_bytes / 1e9,
-            "yes" if run.keeps_blocks else "no",
+            run.footprint and ("yes" if run.keeps_blocks else "no"),
         )
         for run in runs
     )

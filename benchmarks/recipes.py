@@ -73,7 +73,7 @@ def parse_recipe(text: str, base: Settings, kind: Kind = "ours") -> Recipe:
     chosen: dict[str, Any] = {field: value for field, value in given.items() if value}
     settings = replace(base, **chosen)
     settings.check()
-    return Recipe(name, kind, settings)
+    return Recipe(name, "trained" if settings.recover_passes else kind, settings)
 
 
 def describe(settings: Settings) -> str:

@@ -236,7 +236,7 @@ class Candidates:
         chunk = self._pass.logit_tokens
         generator = torch.Generator().manual_seed(rows.start)
         total = 0.0
-        with self._decoder.outside(self._pass.weights_dtype):
+        with self._decoder.outside(self._pass.weights_dtype, is_behind=True):
             for row, begin in itertools.product(range(len(hidden)), range(0, hidden.shape[1], chunk)):
                 at = (slice(row, row + 1), slice(begin, begin + chunk))
                 x = hidden[at].detach().requires_grad_(with_gradients)

@@ -55,9 +55,10 @@ CANDIDATES = 4
 """A search holds a whole cut model, and of each o_proj and down_proj what was refitted for a candidate and its options:
 up to nine of the one and seven of the other, together less than three models."""
 
-FITTED_COPIES, SHUFFLED_COPIES = 5, 2
-"""A reconstruction holds of an MLP's weights, float32: themselves, gradients, Adam's two moments, and copies in the
-precision of the products; and of the tokens that it shuffles the rows that were read, and those put together."""
+FITTED_COPIES, SHUFFLED_COPIES = 4, 2
+"""A reconstruction holds of an MLP's weights, float32: themselves, gradients and Adam's two moments, beside copies in
+the precision of the products if that is another; and of the tokens that it shuffles the rows that were read, and those
+put together."""
 
 FITTED_STEP = 6
 """Activations of an MLP that autograd keeps, in multiples of what it reads and of its channels."""
@@ -81,6 +82,7 @@ class Sizes:
     Attributes:
         outside_bytes: what lies outside the blocks, as stored.
         outside_parameters: number of its values.
+        behind_parameters: number of those without an embedding that is not the head as well.
         block_bytes: the largest block, as stored.
         block_parameters: number of its values.
         mlp_parameters: number of values of its Linears that have channels.
@@ -97,6 +99,7 @@ class Sizes:
 
     outside_bytes: int
     outside_parameters: int
+    behind_parameters: int
     block_bytes: int
     block_parameters: int
     mlp_parameters: int
@@ -119,6 +122,7 @@ class Sizes:
         return cls(
             outside_bytes=_bytes(outside),
             outside_parameters=sum(parameter.numel() for parameter in outside),
+            behind_parameters=sum(p.numel() for p in outside if id(p) not in decoder.embedding_alone),
             block_bytes=max(map(_bytes, blocks)),
             block_parameters=max(sum(parameter.numel() for parameter in block) for block in blocks),
             mlp_parameters=max(_mlp_parameters(decoder).values()),
@@ -216,7 +220,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     """Bytes that each phase of a run holds at once."""
     always = LIBRARIES_BYTES + sizes.outside_bytes
     casts = work.dtype != torch.bfloat16
-    head = FLOAT32_BYTES * sizes.outside_parameters if casts else 0
+    head = FLOAT32_BYTES * sizes.behind_parameters if casts else 0
     weights = max(sizes.block_bytes, FLOAT32_BYTES * sizes.block_parameters if casts else 0)
     reads_inputs = work.refits or work.judges or "inputs" in work.method.needs
     grams = 2 * sizes.gram_bytes if reads_inputs else 0
@@ -240,14 +244,14 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     if work.reconstructs:
         tokens = min(SHUFFLED_TOKENS, sizes.sequences * sizes.length_tokens)
         shuffled = SHUFFLED_COPIES * (work.dtype.itemsize + FLOAT32_BYTES) * tokens * sizes.hidden_size
-        fitted = FITTED_COPIES * FLOAT32_BYTES * sizes.mlp_parameters
+        fitted = (FITTED_COPIES + (not casts)) * FLOAT32_BYTES * sizes.mlp_parameters
         activations = FLOAT32_BYTES * STEP_TOKENS * (sizes.hidden_size + max(sizes.inner))
         fit_step = fitted + shuffled + FITTED_STEP * activations
-        found["the reconstruction of a block"] = always + weights + max(fit_step, weights + step)
+        found["the reconstruction of a block"] = always + sizes.block_bytes + max(fit_step, weights + step)
         logits = min(LOGIT_BYTES, LOGIT_COPIES * FLOAT32_BYTES * STEP_TOKENS * sizes.vocabulary)
         dense = SHUFFLED_COPIES * FLOAT32_BYTES * (2 * tokens // 3) * sizes.hidden_size
         last = max(fit_step - shuffled // 3 + dense + logits, weights + step)
-        found["the reconstruction of the last block"] = always + weights + head + last
+        found["the reconstruction of the last block"] = always + sizes.block_bytes + head + last
     if work.graded:
         needs = work.method.needs
         # weights; gradients of a step and their sum, where the method reads them; the sum of their squares
@@ -273,7 +277,7 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
         models = FLOAT32_BYTES * sizes.block_parameters * sizes.layers + ADAPTER_COPIES * sizes.adapter_bytes
         # what enters each block; and of what leaves the last: it, the dense model's, and the gradient
         states = FLOAT32_BYTES * tokens * sizes.hidden_size * (sizes.layers + 4)
-        ends = max(FLOAT32_BYTES * sizes.outside_parameters, head + sizes.logit_bytes)
+        ends = FLOAT32_BYTES * sizes.outside_parameters + sizes.logit_bytes
         block = max(BLOCK_COPIES * sizes.block_bytes, GRADIENT_STEP * sizes.step_bytes(tokens))
         found["the recovery of the whole model"] = always + models + states + ends + block
     return found

@@ -179,7 +179,7 @@ class Paths:
         aim: Aim = Divergence(self._pass) if is_last else SquaredError(STEP_TOKENS)
         # each part frees much of other sizes than the next one takes
         return_freed_memory()
-        with self._decoder.outside(self._pass.weights_dtype) if is_last else nullcontext():
+        with self._decoder.outside(self._pass.weights_dtype, is_behind=True) if is_last else nullcontext():
             before = self._find_targets(layer, block, mlp, self._source(layer, is_first), read, target, aim)
             return_freed_memory()
             fitted = copy.deepcopy(mlp).float()

@@ -81,6 +81,11 @@ class Recovery:
     divergence: float | None
 
 
+def not_recovered(recover: str) -> str:
+    """What a plan says of a recovery that was not taken."""
+    return f"recover {recover} was tried and not taken: on the sequences kept aside it did not lower the divergence"
+
+
 def parse_recover(text: str) -> int:
     """The passes over the calibration text that `none`, `lora` or `lora:PASSES` names; 0 for none.
 
@@ -245,7 +250,8 @@ def _train(student: _Student, decoder: Decoder, passes: int, journal: Journal, p
     with _adapters(student.blocks) as adapters:
         _fit(student, adapters, passes, journal, progress)
     for block, stored in zip(student.blocks, decoder.blocks, strict=True):
-        block.to(next(stored.parameters()).dtype).float()  # what will be stored is judged
+        for weight, of_stored in zip(block.parameters(), stored.parameters(), strict=True):
+            weight.data = weight.data.to(of_stored.dtype).float()  # what will be stored is judged
     after = student.judged()
     is_accepted = after < before
     for layer, block in enumerate(student.blocks) if is_accepted else ():

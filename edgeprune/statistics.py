@@ -406,7 +406,9 @@ class BlockWalk:
             tensors = {}
             if not self.graded:
                 for group in self.groups[layer]:
-                    tensors[scores_of(group)] = self.method.scores(group, self._evidence(block, group, Found(moments)))
+                    tensors[scores_of(group)] = self.method.scores(
+                        group, self._evidence(block, group, BlockFindings(moments))
+                    )
         output.flush()
         if self.graded:
             self._block_input(layer).flush()
@@ -422,7 +424,7 @@ class BlockWalk:
         length_tokens = self.ids.shape[1]
         chunk = self._pass.logit_tokens
         loss = torch.zeros(1, dtype=torch.float64)
-        with self.decoder.outside(self._pass.weights_dtype):
+        with self.decoder.outside(self._pass.weights_dtype, is_behind=True):
             for piece, offset in ((p, o) for p in self.pieces if p.is_graded for o in range(p.count)):
                 row = slice(piece.rows.start + offset, piece.rows.start + offset + 1)
                 ids, x = self.ids[piece.first + offset], hidden[row]
@@ -478,7 +480,7 @@ class BlockWalk:
                             squares[name] += (of_weight * self.graded).square() / self.graded
                     scores = {
                         (group.name, sampler.name): sampler.scores(
-                            group, self._evidence(block, group, Found(moments, of_step, effects=of_masks))
+                            group, self._evidence(block, group, BlockFindings(moments, of_step, effects=of_masks))
                         )
                         for group, sampler in itertools.product(groups, samplers)
                     }
@@ -488,7 +490,7 @@ class BlockWalk:
             tensors = {}
             for group in groups:
                 of_samples = {m.name: torch.stack([s[group.name, m.name] for _, s in samples]) for m in samplers}
-                found = Found(moments, sums, squares, effects, of_samples, masks)
+                found = BlockFindings(moments, sums, squares, effects, of_samples, masks)
                 tensors[scores_of(group)] = self.method.scores(group, self._evidence(block, group, found))
         incoming.flush()
         self.journal.put(f"gradients-{layer}", Entry(tensors))
@@ -520,7 +522,7 @@ class BlockWalk:
         loss = float(self.journal.facts("loss")) if self.graded else None
         return Stats(moments=JournalMoments(self.journal, kept), scores=scores, loss=loss, influence=influence)
 
-    def _evidence(self, block: nn.Module, group: Group, found: "Found") -> Evidence:
+    def _evidence(self, block: nn.Module, group: Group, found: "BlockFindings") -> Evidence:
         linear = partial(self._linear, block, group.layer)
         return evidence_of(group, self.groups[group.layer], linear, found)
 
@@ -634,7 +636,7 @@ Side = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Found:
+class BlockFindings:
     """What a walk has found of a block, by Linear (effects also by side) or by group; see `importance.Evidence`."""
 
     moments: Mapping[str, Moments]
@@ -645,7 +647,9 @@ class Found:
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def evidence_of(group: Group, siblings: Sequence[Group], linear: Callable[[str], Linear], found: Found) -> Evidence:
+def evidence_of(
+    group: Group, siblings: Sequence[Group], linear: Callable[[str], Linear], found: BlockFindings
+) -> Evidence:
     """Evidence of one group, oriented so that dimension 0 is the channel.
 
     Args:
@@ -657,16 +661,16 @@ def evidence_of(group: Group, siblings: Sequence[Group], linear: Callable[[str],
 
     def of_slot(slot: Slot, units: int) -> SlotEvidence:
         rows = slot.all_lines(units)
-        reader = linear(slot.module)
+        module = linear(slot.module)
         inputs = found.moments.get(slot.module) if slot.side == "in" else None
 
         def channels(matrix: torch.Tensor) -> torch.Tensor:
-            matrix = oriented(reader, matrix)
+            matrix = oriented(module, matrix)
             return (matrix if slot.side == "out" else matrix.T)[rows].float()
 
         return SlotEvidence(
             slot=slot,
-            weight=channels(reader.weight.detach()),
+            weight=channels(module.weight.detach()),
             gradient=channels(found.gradients[slot.module]) if found.gradients else None,
             fisher=channels(found.squares[slot.module]) if found.squares else None,
             effect=found.effects[_side(slot)][rows] if found.effects else None,
@@ -701,7 +705,7 @@ def moment_scores(
             return linear_of(block, name.removeprefix(decoder.prefix(layer)))
 
         readers = [slot.module for group in groups for slot in group.slots if slot.side == "in"]
-        found = Found({name: moments[name] for name in readers if "inputs" in method.needs})
+        found = BlockFindings({name: moments[name] for name in readers if "inputs" in method.needs})
         return {group.name: method.scores(group, evidence_of(group, groups, linear, found)) for group in groups}
 
 

@@ -119,6 +119,13 @@ class Decoder:
                 first.setdefault(id(tensor), name)
         return list(first.values())
 
+    @property
+    def embedding_alone(self) -> set[int]:
+        """Identity of the weight of the token embedding, where it is not tied to the head; else nothing."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        assert head is not None, "a model without a head"
+        return {id(embedding.weight)} - {id(head.weight)}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors that a checkpoint stores, by name; those of blocks that are not in memory lie on meta."""
         self.load_outside()
@@ -180,14 +187,20 @@ class Decoder:
                 block.to("meta")
 
     @contextmanager
-    def outside(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
-        """The model with what lies outside the blocks in `dtype` (None: as it is) while the code inside runs."""
+    def outside(self, dtype: torch.dtype | None = None, *, is_behind: bool = False) -> Iterator[PreTrainedModel]:
+        """The model with what lies outside the blocks in `dtype` (None: as it is) while the code inside runs.
+
+        With `is_behind` an embedding that is not the head as well stays as it is: what lies behind the blocks reads
+        nothing of it, and it is as large as the head.
+        """
         self.load_outside()
-        inside = {id(parameter) for parameter in self.blocks.parameters()}
+        passed = {id(parameter) for parameter in self.blocks.parameters()}
+        if is_behind:
+            passed |= self.embedding_alone
         before = [
             (parameter, parameter.data)
             for parameter in self.model.parameters()
-            if id(parameter) not in inside and dtype not in (None, parameter.dtype)
+            if id(parameter) not in passed and dtype not in (None, parameter.dtype)
         ]
         try:
             for parameter, data in before:
@@ -245,7 +258,7 @@ class Decoder:
         """Logits `(B, T, V)` of what leaves the last block; `dtype` is that of the weights, None as they are."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
         replays = [self._stand_in(block, replay=hidden) for block in self.blocks]
-        with self.outside(dtype) as model, self._blocks_replaced(replays):
+        with self.outside(dtype, is_behind=True) as model, self._blocks_replaced(replays):
             logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
 

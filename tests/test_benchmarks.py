@@ -281,6 +281,7 @@ def test_recipes_of_the_table_are_possible(monkeypatch: pytest.MonkeyPatch) -> N
     assert len({recipe.name for recipe in found}) == len(found)
     assert all(recipe.at(0.5).ratio == 0.5 for recipe in found)
     assert [recipe.name for recipe in found if recipe.settings.recover != "none"] == ["ours, best, recovered"]
+    assert recipes.parse_recipe("mine=obs||||lora", recipes.Settings(0.2)).kind == "trained"
     fusion = [recipe.settings for recipe in found if recipe.kind == "fusion"]
     assert len({(s.allocation, s.refit, s.heads) for s in fusion}) == 1
 
@@ -513,6 +514,17 @@ def test_accuracy_calibrates_on_one_half_of_the_documents_and_judges_the_other(
     assert dense["perplexity"] == pytest.approx(4.5, abs=0.2)
     assert dense["perplexity"] < recovered["perplexity"] < refitted["perplexity"] < plain["perplexity"]
     assert plain["removed / all"] == refitted["removed / all"] == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.slow
+def test_accuracy_judges_cuts_that_are_not_refitted(data_folder: Path, stories260k: Path, tmp_path: Path) -> None:
+    found = report(
+        *("accuracy", "--model", str(stories260k), "--data", str(data_folder), *TINY_CALIBRATION),
+        *("--windows", "2", "--window", "64", "--dtype", "float32", "--eval-dtype", "float32"),
+        *("--results", str(tmp_path / "results.jsonl"), "--recipe", "a=magnitude|judged:obs|none"),
+    )
+    dense, judged = found["tables"][0]["rows"]
+    assert dense["perplexity"] < judged["perplexity"]
 
 
 @pytest.mark.slow

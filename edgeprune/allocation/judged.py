@@ -9,7 +9,8 @@ known, `influence`, each with heads that compete by lost score and with heads th
 
 Nor are any scores best for every model. `judged:obs` lets each rule choose by those of `obs` as well as by those of
 `--method`, `judged:obs,flap` by three. They must be of methods that read no gradients: the moments that the judge fits
-with tell them.
+with tell them. Those moments are of all calibration sequences, the ones that judge included, as the scores of
+`wanda-sp` are; those of a method whose gradients stop short of these are not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,8 +40,8 @@ def check(argument: str | None, heads: Heads) -> None:
 
 
 def methods(argument: str | None) -> list[str]:
-    """Importance methods whose scores are compared with those of `--method`."""
-    return argument.split(",") if argument else []
+    """Importance methods whose scores are compared with those of `--method`, each once."""
+    return list(dict.fromkeys(argument.split(","))) if argument else []
 
 
 def allocate(problem: Problem, argument: str | None) -> dict[str, tuple[int, ...]]:
@@ -81,15 +82,17 @@ def nearest(problems: Mapping[str, Problem], judge: Judge, part: slice) -> tuple
         judge: judges the cuts.
         part: of the sequences.
     """
-    candidates = {
-        f"{rule}{scores}": (problem, cut)
-        for scores, problem in problems.items()
-        for rule, cut in rules(problem).items()
-    }
+    candidates: dict[str, tuple[Problem, Cut]] = {}
+    keeps: dict[str, dict[str, tuple[int, ...]]] = {}
+    for scores, problem in problems.items():
+        for rule, cut in rules(problem).items():
+            keep, name = keep_list(problem, cut), f"{rule}{scores}"
+            if keep not in keeps.values():
+                candidates[name], keeps[name] = (problem, cut), keep
     divergences = {}
-    for number, (name, (problem, cut)) in enumerate(candidates.items(), 1):
-        judge.stage = f"rule {number} of {len(candidates)} ({name})"
-        divergences[name] = judge.divergence(keep_list(problem, cut), part)
+    for number, (name, keep) in enumerate(keeps.items(), 1):
+        judge.stage = f"rule {number} of {len(keeps)} ({name})"
+        divergences[name] = judge.divergence(keep, part)
     best, *others = sorted(divergences, key=divergences.__getitem__)
     behind = "".join(f"; {name} {divergences[name]:.3f}" for name in others)
     problem, cut = candidates[best]

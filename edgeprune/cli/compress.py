@@ -92,8 +92,8 @@ def compress(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="Widths over the layers: protect[:FIRST,LAST], judged, search[:ROUNDS], uniform[:mixed] ...; "
-            f"{_of_presets('allocation')}",
+            help="Widths over the layers: protect[:FIRST,LAST], judged[:METHOD,...], search[:ROUNDS], "
+            f"uniform[:mixed] ...; {_of_presets('allocation')}",
             show_default=False,
             rich_help_panel=PRUNING,
         ),
@@ -407,7 +407,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     from edgeprune.groups import layer_widths
     from edgeprune.licences import licence_file_of
     from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
-    from edgeprune.recover import ask_teacher, recover
+    from edgeprune.recover import ask_teacher, not_recovered, recover
     from edgeprune.sources import count_parameters, load_licences, load_tokenizer, open_source
     from edgeprune.sparsify import sparsify
     from edgeprune_export.exporting import check_precisions
@@ -530,6 +530,8 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                         progress=lambda phase, done, total: advance(done, total),
                     )
                 report = with_recovery(report, recovery)
+                if not recovery.is_accepted:
+                    plan = replace(plan, recover=NO_RECOVERY, notes=(*plan.notes, not_recovered(plan.recover)))
             if sparsity is not None:
                 with stages.stage("zeros in the weights") as step:
                     outcomes = sparsify(

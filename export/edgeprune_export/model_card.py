@@ -149,6 +149,7 @@ def checkpoint_card(
         f"A checkpoint in the form of Hugging Face's transformers, made from {plain(plan.model)} by edgeprune "
         f"{edgeprune_runtime.__version__}.",
         *_removed(summary, layers),
+        *([_items(plan.notes)] if plan.notes else []),
         *([f"Some of the weights that stay are zero. {_pattern(summary['sparsity'])}."] if summary["sparsity"] else []),
         "## Use",
         f"`CHECKPOINT` stands for the path of this folder.\n\n```python\n{CHECKPOINT_CODE}```",

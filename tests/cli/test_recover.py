@@ -67,6 +67,21 @@ def test_plan_card_and_report_say_it(done: tuple[Path, Outcome]) -> None:
     assert "What the recovery did" in outcome.err
 
 
+def test_a_recovery_that_was_not_taken_is_not_claimed(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.recover.LEARNING_RATE", 1e30)
+    outcome = compress(model_folder, text_file, tmp_path / "out", *TRAINED, "--json")
+    assert outcome.code == 0, outcome.err
+    assert not json.loads(outcome.out)["data"]["recover"]["is_accepted"]
+    plan = PrunePlan.load(tmp_path / "out")
+    assert plan.recover == "none"
+    assert any(note.startswith("recover lora:9 was tried and not taken") for note in plan.notes)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "was tried and not taken" in card
+    assert ", recover lora" not in card
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="forks and kills")
 @pytest.mark.parametrize(
     ("step", "continues"),

@@ -12,6 +12,7 @@ from edgeprune.refit import PASSES
 SIZES = Sizes(
     outside_bytes=0,
     outside_parameters=0,
+    behind_parameters=0,
     block_bytes=0,
     block_parameters=1000,
     mlp_parameters=700,

@@ -21,6 +21,7 @@ GB = 10**9
 SEVEN = Sizes(  # Llama-7B in bfloat16, 64 x 512 tokens
     outside_bytes=2 * 2 * 32000 * 4096,
     outside_parameters=2 * 32000 * 4096,
+    behind_parameters=32000 * 4096,
     block_bytes=2 * 202_383_360,
     block_parameters=202_383_360,
     mlp_parameters=135_266_304,
@@ -65,6 +66,16 @@ def test_seven_billion_parameters_are_reconstructed_in_six_gigabytes() -> None:
         EdgepruneError, match=r"the reconstruction of the last block takes .* use --refit least-squares"
     ):
         fit(wide, work(reconstructs=True), 6 * GB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_does_with_six_gigabytes_for_seven_billion_parameters(dtype: torch.dtype) -> None:
+    default = replace(work(dtype=dtype, reconstructs=True), judges=True)
+    assert fit(SEVEN, default, 6 * GB).peak_bytes < 6 * GB
+    tied = replace(SEVEN, behind_parameters=SEVEN.outside_parameters)  # where the head is the embedding as well
+    last = "the reconstruction of the last block"
+    more = 4 * 32000 * 4096 if dtype == torch.float32 else 0
+    assert phases(tied, default, 4096)[last] == phases(SEVEN, default, 4096)[last] + more
 
 
 def test_need_does_not_grow_with_the_number_of_blocks() -> None:

@@ -178,6 +178,14 @@ def test_scores_that_are_compared_come_from_the_journal(tmp_path: Path, monkeypa
     assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
 
 
+def test_cuts_that_are_the_same_by_other_scores_are_judged_once() -> None:
+    model = toy("llama")
+    plan, _ = make_plan(model, "toy", calibrated(model), replace(SETTINGS, method="obs", allocation="judged:obs,obs"))
+    (note,) = (note for note in plan.notes if note.startswith("widths of "))
+    assert "scores obs" not in note
+    assert judged_rules.methods("obs,obs") == ["obs"]
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [("3", "unknown importance method '3'"), ("obs,fisher", "scores of fisher, which reads gradients"), ("obs,", "''")],

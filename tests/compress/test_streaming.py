@@ -1,5 +1,6 @@
 """A decoder read block by block computes, scores and is cut exactly as one that is whole in memory."""
 
+import copy
 import json
 import platform
 import weakref
@@ -288,3 +289,18 @@ def test_intercepts_survive_streaming(tmp_path: Path) -> None:
     save(decoder, None, plan, widths, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["mlp_bias"] is True
     assert load_pruned(tmp_path / "out").model.layers[1].mlp.down_proj.bias is not None
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_lies_behind_the_blocks_is_cast_without_an_embedding_of_its_own(is_tied: bool) -> None:
+    model = toy("llama", tie_word_embeddings=is_tied).to(torch.bfloat16)
+    decoder = Decoder.of(model)
+    with decoder.outside(torch.float32, is_behind=True):
+        assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.float32
+        assert (model.model.embed_tokens.weight.dtype == torch.float32) == is_tied
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert len(decoder.embedding_alone) == (not is_tied)
+    hidden = torch.randn(2, 3, model.config.hidden_size)
+    wanted = copy.deepcopy(model).float()
+    expected = wanted.lm_head(wanted.model.norm(hidden))
+    torch.testing.assert_close(decoder.logits(hidden), expected)

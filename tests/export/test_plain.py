@@ -58,6 +58,6 @@ def test_plain_graph_with_soft_caps_and_local_layers_equals_torch(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", toys.NAMES)
+@pytest.mark.parametrize("name", [name for name in toys.NAMES if name != "gemma2"])  # which is above
 def test_plain_graph_of_every_type_equals_torch(name: str, tmp_path: Path) -> None:
     plain_equals_torch(tmp_path, name)

@@ -17,7 +17,7 @@ from edgeprune_export.weights import Weights
 
 TOLERANCE = 1e-4
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in toys.NAMES),
+    *((name, {}) for name in toys.NAMES if name != "gpt_neo"),  # which is by itself below
     ("mistral", {"sliding_window": 7}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     ("phi3", {"head_dim": 16, "partial_rotary_factor": 0.75, "sliding_window": 7}),
