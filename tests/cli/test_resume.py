@@ -78,18 +78,20 @@ def test_killed_run_continues_to_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("step", "continues"),
+    ("allocation", "step", "continues"),
     [
-        ("search-dense-0-2-1", "continues after the last block (statistics)"),
-        ("search-1-0", "continues from block 2 of 4 (widths, candidate 1)"),
-        ("search-2-1", "continues from block 3 of 4 (widths, candidate 2)"),
-        ("search-2", "continues after 2 judged candidates (widths)"),
+        ("judged", "search-dense-0-2-1", "continues after the last block (statistics)"),
+        ("judged", "search-1-0", "continues from block 2 of 4 (widths, candidate 1)"),
+        ("judged", "search-2-1", "continues from block 3 of 4 (widths, candidate 2)"),
+        ("judged", "search-2", "continues after 2 judged candidates (widths)"),
+        ("judged:obs", "scores-obs-1", "continues after the last block (statistics)"),
+        ("judged:obs", "search-8", "continues after 8 judged candidates (widths)"),
     ],
 )
 def test_judging_that_was_killed_continues_to_the_same_bytes(
-    model_folder: Path, text_file: Path, tmp_path: Path, step: str, continues: str
+    model_folder: Path, text_file: Path, tmp_path: Path, allocation: str, step: str, continues: str
 ) -> None:
-    judging = ("--checkpoint-only", "--allocation", "judged", "--method", "wanda-sp")
+    judging = ("--checkpoint-only", "--allocation", allocation, "--method", "wanda-sp")
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
     assert compress(model_folder, text_file, undisturbed, *judging).code == 0
     killed_after(step, lambda: compress(model_folder, text_file, output, *judging))
