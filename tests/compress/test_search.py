@@ -150,7 +150,7 @@ def test_rules_have_heads_that_compete_and_heads_that_give_an_even_share() -> No
     assert len(auto) > len(even)
 
 
-def test_judged_takes_the_scores_whose_cut_is_nearest() -> None:
+def test_judged_takes_the_scores_whose_cut_is_clearly_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     model, problem, stats, calibration = judged("llama")
     by_obs = make_plan(model, "toy", calibration, replace(SETTINGS, method="obs"), with_moments=True)[1].scores
     judge_ = problem.judge
@@ -158,15 +158,16 @@ def test_judged_takes_the_scores_whose_cut_is_nearest() -> None:
     found = judge_.scores("obs")
     assert found.keys() == by_obs.keys() == stats.scores.keys()
     assert all(torch.equal(found[name], by_obs[name]) for name in found)
-    nearest = min(
-        judge_.divergence(keep_list(each, cut), slice(None))
+    own, other = (
+        min(judge_.divergence(keep_list(each, cut), slice(None)) for cut in rules(each).values())
         for each in (problem, problem.scored(by_obs))
-        for cut in rules(each).values()
     )
     said: list[str] = []
-    keep = judged_rules.allocate(replace(problem, remark=said.append), "obs")
-    assert judge_.divergence(keep, slice(None)) == nearest
-    (remark,) = said
+    for margin, wanted in ((0.0, min(own, other)), (1 - other / own - 1e-6, other), (1 - other / own + 1e-6, own)):
+        monkeypatch.setattr(judged_rules, "MARGIN", margin)
+        keep = judged_rules.allocate(replace(problem, remark=said.append), "obs")
+        assert judge_.divergence(keep, slice(None)) == wanted
+    remark = said[0]
     assert ", scores obs" in remark
     assert remark.count(";") == len(rules(problem)) + len(rules(problem.scored(by_obs))) - 1
 
