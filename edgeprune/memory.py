@@ -244,7 +244,8 @@ def phases(sizes: Sizes, work: Work, step_tokens: int) -> dict[str, int]:
     if work.reconstructs:
         tokens = min(SHUFFLED_TOKENS, sizes.sequences * sizes.length_tokens)
         shuffled = SHUFFLED_COPIES * (work.dtype.itemsize + FLOAT32_BYTES) * tokens * sizes.hidden_size
-        fitted = (FITTED_COPIES + (not casts)) * FLOAT32_BYTES * sizes.mlp_parameters
+        copies = FITTED_COPIES if casts else FITTED_COPIES + 1
+        fitted = copies * FLOAT32_BYTES * sizes.mlp_parameters
         activations = FLOAT32_BYTES * STEP_TOKENS * (sizes.hidden_size + max(sizes.inner))
         fit_step = fitted + shuffled + FITTED_STEP * activations
         found["the reconstruction of a block"] = always + sizes.block_bytes + max(fit_step, weights + step)

@@ -596,10 +596,10 @@ class BlockWalk:
 
     def _readers(self, layer: int) -> list[str]:
         """Names of a block's Linears that read units."""
-        return [slot.module for group in self.groups[layer] for slot in group.slots if slot.side == "in"]
+        return readers_of(self.groups[layer])
 
     def _linear(self, block: nn.Module, layer: int, name: str) -> Linear:
-        return linear_of(block, name.removeprefix(self.decoder.prefix(layer)))
+        return linear_in(self.decoder, block, layer, name)
 
     def _graded_steps(self) -> Iterator[tuple[int, slice]]:
         """(number of the first sequence, rows) of each backward step: a sample where samples are wanted."""
@@ -694,18 +694,25 @@ def dependants_of(group: Group, siblings: Sequence[Group]) -> list[Group]:
     return [other for other in siblings if other.parent == group.name]
 
 
+def readers_of(groups: Sequence[Group]) -> list[str]:
+    """Names of the Linears that read the units of groups."""
+    return [slot.module for group in groups for slot in group.slots if slot.side == "in"]
+
+
+def linear_in(decoder: Decoder, block: nn.Module, layer: int, name: str) -> Linear:
+    """A Linear of a block by its name in the model; the block may be a copy of the model's own."""
+    return linear_of(block, name.removeprefix(decoder.prefix(layer)))
+
+
 def moment_scores(
     decoder: Decoder, groups: Sequence[Group], method: Method, moments: Mapping[str, Moments]
 ) -> dict[str, torch.Tensor]:
     """Scores `(units,)` float32 of the groups of one block, by a method that reads weights and moments alone."""
     layer = groups[0].layer
+    read = readers_of(groups) if "inputs" in method.needs else []
+    found = BlockFindings({name: moments[name] for name in read})
     with decoder.block(layer) as block:
-
-        def linear(name: str) -> Linear:
-            return linear_of(block, name.removeprefix(decoder.prefix(layer)))
-
-        readers = [slot.module for group in groups for slot in group.slots if slot.side == "in"]
-        found = BlockFindings({name: moments[name] for name in readers if "inputs" in method.needs})
+        linear = partial(linear_in, decoder, block, layer)
         return {group.name: method.scores(group, evidence_of(group, groups, linear, found)) for group in groups}
 
 
