@@ -31,6 +31,7 @@ whenever it likes; how much was not such pages is given beside it, sampled from 
 count of the process that started it, so this script stays small: it leaves all weights to processes of their own.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -41,7 +42,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     import torch
 
 PROC = Path("/proc")
-SHARDS, CALIBRATION, RUNS = "shards", "calibration.txt", "runs.jsonl"
+SHARDS, CALIBRATION = "shards", "calibration.txt"
 OUTSIDE = "outside.safetensors"
 """Shard of the embedding, the last norm and the vocabulary projection."""
 SAME = 0.05
@@ -177,8 +178,8 @@ def main() -> Report:
     _check(shape, args.blocks)
     most = max(args.blocks)
     check_space(args.folder / SHARDS, round((2 - args.ratio) * shape.stored_bytes(most)))
-    results = Results(args.folder / RUNS, code_hash())
     keys = {blocks: _key(args, shape, blocks) for blocks in args.blocks}
+    results = Results(args.folder / _runs_name(keys), code_hash())
     try:
         if left := [blocks for blocks, key in keys.items() if results.find(key) is None]:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
@@ -214,6 +215,11 @@ def _key(args: Namespace, shape: Shape, blocks: int) -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "torch": version("torch"),
     }
+
+
+def _runs_name(keys: Mapping[int, Mapping[str, Any]]) -> str:
+    """File of these runs alone, as it goes when all of them are done."""
+    return f"runs-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}.jsonl"
 
 
 def _job(args: Namespace) -> list[str]:

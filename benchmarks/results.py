@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import edgeprune
+import edgeprune_export
+import edgeprune_runtime
 from edgeprune_runtime.errors import EdgepruneError
 
 logger = logging.getLogger(__name__)
@@ -69,9 +71,9 @@ def _text(key: Mapping[str, Any]) -> str:
 
 @functools.cache
 def code_hash() -> str:
-    """Hash of the source that a figure depends on: the package and the evaluation; 16 digits of it."""
-    package = Path(edgeprune.__file__).parent
-    files = [*package.rglob("*.py"), Path(__file__).with_name("evaluation.py")]
+    """Hash of the source that a figure depends on: the packages and the evaluation; 16 digits of it."""
+    packages = [Path(str(package.__file__)).parent for package in (edgeprune, edgeprune_export, edgeprune_runtime)]
+    files = [Path(__file__).with_name("evaluation.py"), *(file for each in packages for file in each.rglob("*.py"))]
     digest = hashlib.sha256()
     for file in sorted(files):
         if "cli" not in file.relative_to(file.parents[1]).parts:

@@ -75,7 +75,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
-    done = alone(name, "--help")
+    done = script(name, "--help")
     assert done.code == 0, done.err
     assert f"python benchmarks/{name}.py" in done.out
 

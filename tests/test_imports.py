@@ -101,24 +101,31 @@ def test_modelling_file_that_travels_imports_no_edgeprune() -> None:
     assert {package_of(module) for _, module in imports(TRAVELS)} <= {"torch", "transformers", *sys.stdlib_module_names}
 
 
+def processor_seconds(*code: str) -> float:
+    """What a fresh interpreter needs; all the time there is on an idle machine, and without the work of others."""
+    before = os.times()
+    done = run(*code)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
 def test_help_loads_nothing_heavy_and_answers_at_once() -> None:
-    arguments = "import sys, runpy; sys.argv = ['edgeprune', '--help']"
     program = (
+        "import sys, runpy\nsys.argv = ['edgeprune', '--help']\n"
         "try:\n runpy.run_module('edgeprune', run_name='__main__')\nexcept SystemExit as stop:\n assert not stop.code"
     )
-    modules = loaded(f"{arguments}\n{program}")
+    modules = loaded(program)
     assert "typer" in modules
     assert not modules & HEAVY
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        done = run("-m", "edgeprune", "--help")
-        after = os.times()
-        assert done.returncode == 0, done.stderr
-        assert "compress" in done.stdout
-        # Processor time, which is all the time there is on an idle machine, and does not count the work of others.
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(seconds) < 0.5
+    assert "compress" in run("-m", "edgeprune", "--help").stdout
+    # No help page of Typer's comes sooner than these imports. Measured in turn, as the speed of a machine changes.
+    pairs = [
+        (processor_seconds("-m", "edgeprune", "--help"), processor_seconds("-c", "import typer, typer.rich_utils"))
+        for _ in range(5)
+    ]
+    ours, least = map(min, zip(*pairs, strict=True))
+    assert ours < 2 * least
 
 
 @pytest.mark.parametrize("package", ["edgeprune", "edgeprune_runtime"])

@@ -73,6 +73,7 @@ UNKNOWN: dict[str, tuple[str, ...]] = {
     "opt": ("head_dim", "intermediate_size"),
 }
 NAMES = list(SHAPES)
+TYPES = [name for name in NAMES if "-" not in name]
 KINDS = ["llama", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom"]
 """One of each sort of block, for what takes long."""
 

@@ -16,7 +16,6 @@ from edgeprune.configs import architecture
 from edgeprune.groups import layer_widths
 from edgeprune.pruning import model_groups
 
-TYPES = sorted({name.split("-")[0] for name in toys.NAMES})
 LAYERS = 2
 
 
@@ -42,7 +41,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", toys.TYPES)
 def test_from_weights_to_text(name: str, tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text(SENTENCES * 24)

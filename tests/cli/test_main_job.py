@@ -30,8 +30,8 @@ def edgeprune(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job") / "out"
-    sizes = ("--calibration-sequences", 8, "--calibration-tokens", 128, "--eval-windows", 2, "--rounds", 3)
-    sizes += ("--allocation", "protect")  # what judged takes here, after minutes
+    sizes = ("--calibration-sequences", 8, "--calibration-tokens", 128, "--eval-windows", 2)
+    sizes += ("--rounds", 3, "--generate-tokens", 16, "--allocation", "protect")  # what judged takes, after minutes
     done = edgeprune("compress", "smollm2-135m", "--ratio", 0.2, "-o", folder, "-c", "self", "--json", *sizes)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -13,7 +13,7 @@ OWN_FORMS = [name for name in known_types() if has_own_form({"model_type": name}
 
 
 def test_every_architecture_file_is_found_and_has_a_toy() -> None:
-    assert sorted({*known_types()} - {*OWN_FORMS}) == sorted({name.split("-")[0] for name in toys.NAMES})
+    assert sorted({*known_types()} - {*OWN_FORMS}) == sorted(toys.TYPES)
 
 
 @pytest.mark.parametrize("name", sorted({*known_types()} - {*OWN_FORMS}))
