@@ -16,7 +16,6 @@ not overlap are drawn from the whole.
 import codecs
 import hashlib
 import itertools
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -33,11 +32,14 @@ from edgeprune.plan import CalibrationRecord
 from edgeprune.precision import copy_in, fastest_dtype
 from edgeprune.streaming import Decoder
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.text import jsonl_rows
+from edgeprune_runtime.untrusted import blaming
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SPEC = "hf:Salesforce/wikitext/wikitext-2-raw-v1:train"
 SELF_SPEC = "self"
+_HUB_PREFIX, _ROWS_SUFFIX = "hf:", ".jsonl"
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as the work goes on."""
@@ -166,70 +168,67 @@ def _check_size(config: PreTrainedConfig, sequences: int, length_tokens: int) ->
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
+def hash_file(spec: str | None) -> str | None:
+    """SHA-256 of the file that a spec names, in hex; None where the text is no file's.
+
+    Raises:
+        EdgepruneError: if there is no such file, or it is not to be read.
+    """
+    if spec is None or spec == SELF_SPEC or spec.startswith(_HUB_PREFIX):
+        return None
+    return hashlib.sha256(_read_file(spec)).hexdigest()
+
+
 class _HubError(EdgepruneError):
     """A data set of the hub cannot be had."""
 
 
 def _open(spec: str, asked_tokens: int) -> tuple[Iterable[str], str, int | None]:
     """Documents of a spec, its source in words, and the number of tokens after which reading stops (None: never)."""
-    if spec.startswith("hf:"):
+    if spec.startswith(_HUB_PREFIX):
         documents, source = _hub_documents(spec)
         return documents, source, _HUB_TOKENS_PER_ASKED * asked_tokens
-    path = Path(spec)
-    if not path.is_file():
-        raise EdgepruneError(
-            f"calibration {spec!r} is no file; expected a .txt or .jsonl file, hf:OWNER/NAME[/CONFIG][:SPLIT], or self"
-        )
-    readers = {".txt": _text_documents, ".jsonl": _jsonl_documents}
-    if path.suffix.lower() not in readers:
-        raise EdgepruneError(f"calibration file {spec!r} ends with {path.suffix!r}; expected .txt or .jsonl")
-    return readers[path.suffix.lower()](path), f"the file {path.name}", None
+    path, text = Path(spec), _read_text(spec)
+    documents = jsonl_rows(text, path) if path.suffix.lower() == _ROWS_SUFFIX else [text]
+    return documents, f"the file {path.name}", None
 
 
-def _read_text(path: Path) -> str:
-    size_bytes = path.stat().st_size
-    if size_bytes > _MAX_FILE_BYTES:
-        raise EdgepruneError(
-            f"calibration file {str(path)!r} has {size_bytes:,} bytes; give at most {_MAX_FILE_BYTES:,}, a part will do"
-        )
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+def _read_text(spec: str) -> str:
+    data = _read_file(spec).removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise EdgepruneError(
-            f"calibration file {str(path)!r} is not UTF-8 text (byte {error.start}); expected plain text"
+            f"calibration file {spec!r} is not UTF-8 text (byte {error.start}); expected plain text"
         ) from None
     if not _BINARY.isdisjoint(text):
-        raise EdgepruneError(f"calibration file {str(path)!r} holds binary data; expected plain UTF-8 text")
+        raise EdgepruneError(f"calibration file {spec!r} holds binary data; expected plain UTF-8 text")
     if not text.strip():
-        raise EdgepruneError(f"calibration file {str(path)!r} is empty; expected text")
+        raise EdgepruneError(f"calibration file {spec!r} is empty; expected text")
     return text
 
 
-def _text_documents(path: Path) -> Iterator[str]:
-    yield _read_text(path)
-
-
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deep")
-            raise EdgepruneError(f"calibration file {str(path)!r}, line {number}: not JSON ({reason})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+def _read_file(spec: str) -> bytes:
+    expected = "expected a .txt or .jsonl file, hf:OWNER/NAME[/CONFIG][:SPLIT], or self"
+    path = Path(spec)
+    try:
+        if not path.is_file():
+            raise EdgepruneError(f"calibration {spec!r} is no file; {expected}")
+        if path.suffix.lower() not in (".txt", _ROWS_SUFFIX):
+            raise EdgepruneError(f"calibration file {spec!r} ends with {path.suffix!r}; expected .txt or .jsonl")
+        size_bytes = path.stat().st_size
+        if size_bytes > _MAX_FILE_BYTES:
             raise EdgepruneError(
-                f'calibration file {str(path)!r}, line {number}: expected an object with a string "text"'
+                f"calibration file {spec!r} has {size_bytes:,} bytes; give at most {_MAX_FILE_BYTES:,}, a part will do"
             )
-        yield row["text"]
+        return path.read_bytes()
+    except OSError as error:  # a name too long for the system, or a file that is closed to us
+        raise EdgepruneError(f"calibration {spec!r} cannot be read ({error.strerror}); {expected}") from error
 
 
 def _hub_documents(spec: str) -> tuple[Iterable[str], str]:
     """Documents of `hf:OWNER/NAME[/CONFIG][:SPLIT]` and the source in words."""
-    name, colon, split_name = spec.removeprefix("hf:").partition(":")
+    name, colon, split_name = spec.removeprefix(_HUB_PREFIX).partition(":")
     parts = name.split("/")
     if not all(parts) or len(parts) > 3 or (colon and not split_name):
         raise EdgepruneError(f"calibration {spec!r} is not of the form hf:OWNER/NAME[/CONFIG][:SPLIT]")
@@ -305,7 +304,11 @@ def _tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limi
     total = 0
     texts = (document for document in documents if document.strip())
     while batch := list(itertools.islice(texts, _TOKENIZE_BATCH)):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+        with blaming(
+            "the model's tokenizer fails on the calibration text", "give another text, or fetch its files again"
+        ):
+            rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in rows:
             parts.append(torch.tensor(ids + end, dtype=torch.int64))
             total += len(ids) + len(end)
         if limit is not None and total >= limit:

@@ -23,6 +23,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -42,7 +43,7 @@ from edgeprune.configs import (
 )
 from edgeprune.groups import LayerWidths
 from edgeprune.patterns import Found, check_pattern
-from edgeprune.plan import PrunePlan, SparsityRecord
+from edgeprune.plan import PLAN_FILE, PrunePlan, SparsityRecord
 from edgeprune.shrink import linear_of, linear_shapes, oriented, set_widths
 from edgeprune.streaming import Decoder, Reader, check_finite, model_groups
 from edgeprune.weights import (
@@ -59,12 +60,13 @@ from edgeprune.weights import (
 )
 from edgeprune_runtime import output
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.output import atomic_folder, check_space
+from edgeprune_runtime.output import Kind, atomic_folder, check_space
 
 # Space for everything that is not weights (tokenizer, configs) and for the file system's own bookkeeping.
 SPARE_BYTES = 32 * 2**20
 PROBE_TOKENS = 16
-FOLDER_KIND = "a checkpoint folder"
+CHECKPOINT = Kind("a checkpoint folder", (CONFIG_FILE, SAFETENSORS_FILE))
+PRUNED = Kind("a pruned checkpoint", (CONFIG_FILE, SAFETENSORS_FILE, PLAN_FILE))
 
 CARD_FILE = "README.md"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -74,8 +76,12 @@ LOADING_KEYS = {"is_local", "local_files_only", "name_or_path"}  # how the token
 # Llamas of old store the rotary frequencies of every layer, GPT families the causal masks; transformers computes both.
 IGNORED_TENSORS = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|(attn\.)?attention\.(masked_)?bias)$")
 
-# UnpicklingError: torch's answer to a pickle that wants to run code.
-LOAD_ERRORS = (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError, UnpicklingError)
+# UnpicklingError: torch's answer to a pickle that wants to run code. AttributeError and TypeError: what transformers
+# makes of one that holds other things than tensors by name.
+LOAD_ERRORS = (
+    AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, UnpicklingError,
+    ValueError,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +203,6 @@ def _decoder(
         shapes = {name: torch.empty(headers[stored[name]].shape, dtype=dtypes[name]) for name in dtypes}
     model.load_state_dict(shapes, strict=False, assign=True)
     model.tie_weights()
-    if (folder / GENERATION_CONFIG_FILE).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     readers = {name: tensors[in_folder] for name, in_folder in stored.items()}
     return Decoder(model, readers, keeps_blocks=keeps_blocks, name=str(folder))
 
@@ -252,7 +256,7 @@ def save(
     decoder = Decoder.of(model)
     headers = {name: TensorHeader.of(tensor) for name, tensor in decoder.tensors().items()}
     check_space(out, sum(header.size_bytes for header in headers.values()) + SPARE_BYTES)
-    with atomic_folder(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND) as part:
+    with atomic_folder(out, force=force, kind=CHECKPOINT) as part:
         _write_weights(part / SAFETENSORS_FILE, decoder, headers)
         for name, content in (beside or {}).items():
             (part / name).write_bytes(content)
@@ -265,7 +269,7 @@ def check_output(out: Path, force: bool) -> None:
     Raises:
         EdgepruneError: if it exists and may not be replaced.
     """
-    output.check_output(out, force=force, marker=CONFIG_FILE, what=FOLDER_KIND)
+    output.check_output(out, force=force, kind=CHECKPOINT)
 
 
 def _write_weights(file: Path, decoder: Decoder, headers: Mapping[str, TensorHeader]) -> None:
@@ -369,7 +373,10 @@ def _config(
 
 
 def stand_in_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """A config of the type that the architecture names as its stand-in, with the same sizes; None if it names none."""
+    """A config of the type that the architecture names as its stand-in, with the same sizes.
+
+    None if it names none, or that type refuses a value which the model's own takes (Mistral a dropout of null).
+    """
     named = getattr(architecture(config.model_type), "STAND_IN", None)
     if named is None:
         return None
@@ -377,7 +384,10 @@ def stand_in_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
     data = config.to_dict()
     for key in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access", LAYOUT_KEY):
         data.pop(key, None)
-    stand_in: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(data | settings)
+    try:
+        stand_in: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(data | settings)
+    except StrictDataclassError:
+        return None
     return stand_in
 
 
@@ -469,11 +479,23 @@ def _skeleton(
     except CONFIG_ERRORS as error:
         raise EdgepruneError(f"{folder / CONFIG_FILE} describes no model: {one_line(error)}") from error
     _check_slots(folder, model)
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        model.generation_config = _generation_config(folder)
     if headers is None:
         _check_pickle_sizes(folder, model)
     else:
         _check_shapes(folder, model, headers)
     return model
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    read_json(folder / GENERATION_CONFIG_FILE)  # says what is wrong with a file that transformers only stumbles over
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (*CONFIG_ERRORS, OSError) as error:
+        raise EdgepruneError(
+            f"{folder / GENERATION_CONFIG_FILE} describes no generation: {one_line(error)}; fetch it again or remove it"
+        ) from error
 
 
 def _check_slots(folder: Path, model: PreTrainedModel) -> None:

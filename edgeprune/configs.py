@@ -33,7 +33,11 @@ UNSAFE_CONFIG_KEYS = {
     "kernel_config",
     "transformers_weights",
 }
-CONFIG_ERRORS = (ArithmeticError, AttributeError, KeyError, RuntimeError, StrictDataclassError, TypeError, ValueError)
+CONFIG_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What transformers and torch raise over sizes and settings that no model has."""
 
 MAX_LAYERS = 10_000  # configs make lists of this length before anything can be compared with the weights
 
@@ -80,7 +84,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
         EdgepruneError: if there is no usable `config.json`, or its architecture cannot be pruned.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise EdgepruneError(f"{folder} has no {CONFIG_FILE}; expected a model folder in Hugging Face form")
+        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; give the one inside, {inside[0]}" if inside else ""
+        raise EdgepruneError(f"{folder} has no {CONFIG_FILE}; expected a model folder in Hugging Face form{hint}")
     if (folder / ADAPTER_FILE).is_file():
         raise EdgepruneError(f"{folder} holds an adapter ({ADAPTER_FILE}); merge it into its model first")
     data = read_json(folder / CONFIG_FILE)
@@ -96,9 +102,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         del data[key]
     try:
         config = stock.from_dict(data)
-        state_head_dim(config)
-        groups = config_groups(config)
-        _check_heads(config, groups)
+        groups = checked_groups(config)
         if config.is_heterogeneous:
             setattr(config, LAYOUT_KEY, layout(model_type, groups))
     except CONFIG_ERRORS as error:
@@ -106,16 +110,30 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def state_head_dim(config: PreTrainedConfig) -> None:
-    """Write `head_dim` into a config that leaves it open; raise ValueError if it has no or too many heads."""
+def checked_groups(config: PreTrainedConfig) -> list[Group]:
+    """The groups of every layer of a config that nobody vouches for; its `head_dim` is stated then.
+
+    Raises:
+        ValueError: and others of `CONFIG_ERRORS`, if its sizes are none of a model.
+    """
+    _state_head_dim(config)
+    groups = config_groups(config)
+    _check_heads(config, groups)
+    return groups
+
+
+def _state_head_dim(config: PreTrainedConfig) -> None:
+    """Write `head_dim` into a config that leaves it open; raise ValueError over a width or heads of no model."""
     named: Any = config
     with contextlib.suppress(KeyError):  # optimum does not know every type; those have the usual names
         named = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    heads = named.num_attention_heads
+    heads, width = named.num_attention_heads, named.hidden_size
     if not 0 < heads <= MAX_HEADS:
         raise ValueError(f"it has {heads} attention heads; expected 1 to {MAX_HEADS}")
+    if width < 1:
+        raise ValueError(f"its hidden states have {width} numbers; expected at least 1")
     if getattr(config, "head_dim", None) is None:
-        config.head_dim = named.hidden_size // heads
+        config.head_dim = width // heads
 
 
 def _check_heads(config: PreTrainedConfig, groups: Sequence[Group]) -> None:

@@ -191,25 +191,38 @@ def work_folder(out: Path, rank: int = 0) -> Path:
 def _claim(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Make the folder that of this fingerprint; what another one left is discarded."""
     file = folder / FINGERPRINT_FILE
+    part = file.with_suffix(PART_SUFFIX)
+    found, strange = None, set[str]()
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        found = None
+    except FileNotFoundError:
+        strange = {path.name for path in folder.iterdir()} - {LOCK_FILE, part.name}
+    except ValueError:
+        logger.warning("%s is damaged", file)
     if found == fingerprint:
-        for part in folder.glob(f"*{PART_SUFFIX}"):
-            _remove(part)
+        for path in folder.glob(f"*{PART_SUFFIX}"):
+            _remove(path)
         return
-    if isinstance(found, dict):
+    if strange:
+        raise EdgepruneError(
+            f"{folder} holds {min(strange)}, and nothing says that a run of edgeprune has left it there; delete the "
+            "folder, or choose another output"
+        )
+    if isinstance(found, dict) and found:
         other = sorted(name for name in found.keys() | fingerprint.keys() if found.get(name) != fingerprint.get(name))
         logger.warning(
             "%s holds unfinished work of a command with another %s; it is discarded", folder, ", another ".join(other)
         )
+    _put_fingerprint(part, {})  # from here on what is left is nobody's, even if this run dies before it is gone
     for path in folder.iterdir():
-        if path.name != LOCK_FILE:
+        if path not in (folder / LOCK_FILE, file):
             _remove(path)
-    part = file.with_suffix(PART_SUFFIX)
+    _put_fingerprint(part, fingerprint)
+
+
+def _put_fingerprint(part: Path, fingerprint: Mapping[str, Any]) -> None:
     part.write_text(json.dumps(fingerprint), encoding="utf-8")
-    part.rename(file)
+    part.rename(part.with_name(FINGERPRINT_FILE))
 
 
 def _remove(path: Path) -> None:
@@ -229,6 +242,8 @@ def passing_journal() -> Iterator[Journal]:
 @contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     """Hold the folder's lock; the system lets go of it when the process dies, however it dies."""
+    if folder.is_symlink():
+        raise EdgepruneError(f"{folder} is a link, and unfinished work wants a folder of its own; remove the link")
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -368,7 +368,7 @@ def _plan_of(
         edgeprune_version=__version__,
         keep=keep,
         units={group.name: group.units for group in groups},
-        notes=_ratio_notes(settings, gone / before),
+        notes=(*_ratio_notes(settings, gone / before), *_refit_notes(settings, len(calibration.ids))),
     )
 
 
@@ -640,6 +640,15 @@ def _cut_block(
             name, outcome = reconstruct(block, groups)
             outcomes[name] = asdict(outcome)
         return Entry(decoder.finite_tensors(layer, "the refitted model"), outcomes)
+
+
+def _refit_notes(settings: Settings, sequences: int) -> tuple[str, ...]:
+    if settings.refit == "none" or sequences >= HELD_OUT_EVERY:
+        return ()
+    return (
+        f"nobody judged the refit: {sequences} calibration sequences are too few to keep any aside, and a fit to so "
+        f"few tokens can be worse than none; give --calibration-sequences {HELD_OUT_EVERY} or more",
+    )
 
 
 def _ratio_notes(settings: Settings, reached: float) -> tuple[str, ...]:

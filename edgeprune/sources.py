@@ -52,19 +52,23 @@ from edgeprune.checkpoint import TOKENIZER_CONFIG_FILE, check_loaded, load_prune
 from edgeprune.configs import (
     CONFIG_ERRORS,
     CONFIG_FILE,
+    MAX_HEADS,
+    MAX_LAYERS,
     architecture,
     check_architecture,
+    checked_groups,
     has_own_form,
     known_types,
     load_config,
     one_line,
-    state_head_dim,
     unpacking,
 )
 from edgeprune.licences import TEXT_FILES, licence_texts
 from edgeprune.sentencepiece_model import read_sentencepiece
 from edgeprune.weights import TensorHeader, read_headers, read_json, weight_files
+from edgeprune_runtime.bundle import MAX_WIDTH
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.untrusted import blaming
 
 FORMS = "a model folder, a .gguf file, a hub id (owner/name)"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -80,6 +84,15 @@ HUB_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", *TEXT
 PROBE_TIMEOUT_S = 5.0
 GGUF_TYPES = {"gemma3": "gemma3_text"}
 """What GGUF calls otherwise than transformers."""
+
+GGUF_SIZES = {
+    "block_count": MAX_LAYERS,
+    "embedding_length": MAX_WIDTH,
+    "feed_forward_length": MAX_WIDTH,
+    "attention.head_count": MAX_HEADS,
+    "attention.head_count_kv": MAX_HEADS,
+}
+"""Sizes in the metadata, and the most of each: transformers would believe any, and work on it for seconds at least."""
 
 GGML_FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
 
@@ -236,10 +249,10 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a source, with its chat template; of a GGUF file the one converted from its metadata.
 
     Raises:
-        EdgepruneError: if the source has none.
+        EdgepruneError: if the source has none, or a damaged one.
     """
     folder = _fetch(source) if source.kind == "hub" else source.path
-    try:
+    with blaming(f"cannot read the tokenizer of {source.name}", "fetch its files again"):
         if source.kind == "gguf":
             with _gguf_read_once():
                 return AutoTokenizer.from_pretrained(
@@ -252,8 +265,6 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         if _has_plain_sentencepiece(folder):
             return _sentencepiece_tokenizer(folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise EdgepruneError(f"cannot read the tokenizer of {source.name}: {one_line(error)}") from error
 
 
 def load_licences(source: Source) -> dict[str, bytes]:
@@ -349,7 +360,12 @@ def _check_gguf(name: str, file: Path) -> tuple[str, GgufHeader, dict[str, Any]]
             f"{name} is a GGUF file of the architecture {header.architecture!r}, which transformers does not read; "
             "expected the model's own folder or hub id"
         )
-    return check_architecture(config, name), header, metadata
+    model_type = check_architecture(config, name)
+    for key, most in GGUF_SIZES.items():
+        size = metadata.get(f"{header.architecture}.{key}", 1)
+        if not isinstance(size, int) or not 0 < size <= most:
+            raise EdgepruneError(f"the metadata of {file} says {key} {size!r}; expected 1 to {most}, fetch it again")
+    return model_type, header, metadata
 
 
 def _gguf_config(name: str, file: Path) -> PreTrainedConfig:
@@ -358,7 +374,7 @@ def _gguf_config(name: str, file: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
         )
-        state_head_dim(config)
+        checked_groups(config)
     except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
         raise EdgepruneError(f"cannot read the metadata of {file}: {one_line(error)}") from error
     return cast(PreTrainedConfig, config)
@@ -499,9 +515,10 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+        model, info = loaded
+        checked_groups(model.config)
     except (*CONFIG_ERRORS, OSError, struct.error, ImportError) as error:
         raise EdgepruneError(f"cannot load {source.path}: {one_line(error)}") from error
-    model, info = loaded
     check_loaded(source.name, model, info)
     # The weights are plain floats now; what says otherwise would be saved along and refuse to load.
     for holder, attribute in (
@@ -512,7 +529,6 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         if hasattr(holder, attribute):
             delattr(holder, attribute)
     model.is_quantized = False
-    state_head_dim(model.config)
     return cast(PreTrainedModel, model.eval())
 
 

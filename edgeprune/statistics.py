@@ -61,6 +61,10 @@ GRADED_NEEDS = WEIGHT_NEEDS | {"effect", "mask-fisher"}
 """Evidence that takes the gradients of weights, and all that takes a backward pass."""
 
 
+ROUNDING = 1e-6
+"""Of a float32 sum, a part that is smaller than this share of it cannot be told from none."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Moments of the inputs X `(tokens, K)` of one Linear, float32.
@@ -80,14 +84,18 @@ class Moments:
     held_out_mean: torch.Tensor | None = None
 
     def fitting(self) -> "Moments":
-        """Moments of the tokens that are not kept aside."""
+        """Moments of the tokens that are not kept aside.
+
+        Of an input that is 0 on all of them the difference leaves rounding errors, which are no moments.
+        """
         if self.held_out_gram is None or self.held_out_mean is None:
             return self
         share = self.held_out_share
-        return Moments(
-            gram=(self.gram - share * self.held_out_gram) / (1 - share),
-            mean=(self.mean - share * self.held_out_mean) / (1 - share),
-        )
+        gram = (self.gram - share * self.held_out_gram) / (1 - share)
+        mean = (self.mean - share * self.held_out_mean) / (1 - share)
+        is_dead = gram.diagonal() <= ROUNDING * self.gram.diagonal()
+        gram[is_dead] = gram[:, is_dead] = mean[is_dead] = 0.0
+        return Moments(gram, mean)
 
     def packed(self) -> Entry:
         """The same as an entry of the journal; two symmetric matrices share one square, one in each triangle."""

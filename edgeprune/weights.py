@@ -17,7 +17,7 @@ from typing import Any, Self
 from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -122,13 +122,16 @@ def read_tensor(file: Path, name: str, change: Change | None = None) -> torch.Te
     With `change` it is what that makes of the stored tensor; of a view, only the viewed part is read.
 
     Raises:
-        EdgepruneError: if the file has no such tensor.
+        EdgepruneError: if the file has no such tensor, or the library refuses it.
     """
-    with safe_open(file, framework="pt") as tensors:
-        if name not in tensors.keys():  # noqa: SIM118 - it is no mapping, `in` would not work
-            raise EdgepruneError(f"{file} holds no tensor {name!r}; fetch or write the file again")
-        tensor: torch.Tensor = tensors.get_tensor(name)
-        return (tensor if change is None else change(tensor)).clone()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            if name not in tensors.keys():  # noqa: SIM118 - it is no mapping, `in` would not work
+                raise EdgepruneError(f"{file} holds no tensor {name!r}; fetch or write the file again")
+            tensor: torch.Tensor = tensors.get_tensor(name)
+            return (tensor if change is None else change(tensor)).clone()
+    except SafetensorError as error:
+        raise _damaged(file, str(error)) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -220,12 +223,10 @@ def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
         text = stream.read(header_bytes)
     try:
         entries = json.loads(text)
-        entries.pop("__metadata__", None)
+        if not all(isinstance(value, str) for value in entries.pop("__metadata__", {}).values()):
+            raise TypeError
         spans = {name: _span(entry) for name, entry in entries.items()}
-        tensors = {
-            name: TensorHeader(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
-            for name, entry in entries.items()
-        }
+        tensors = {name: TensorHeader(str(entry["dtype"]), _counts(entry["shape"])) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, f"its header cannot be read ({type(error).__name__})") from None
     end = 0
@@ -293,8 +294,15 @@ def _shards(folder: Path, index: str, suffix: str) -> list[Path]:
 
 
 def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
-    begin, stop = entry["data_offsets"]
-    return int(begin), int(stop)
+    begin, stop = _counts(entry["data_offsets"])
+    return begin, stop
+
+
+def _counts(values: object) -> tuple[int, ...]:
+    """A list of whole numbers, raise TypeError for anything else: the library takes neither 97.0 nor true for one."""
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError
+    return tuple(values)
 
 
 def _damaged(file: Path, why: str) -> EdgepruneError:

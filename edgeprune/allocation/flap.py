@@ -68,5 +68,7 @@ def _standard(layer: Layer) -> dict[str, torch.Tensor]:
 
 
 def _standardised(scores: torch.Tensor) -> torch.Tensor:
+    """In float64, as beside an outlier float32 would make many scores equal."""
+    scores = scores.double()
     spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
     return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)

@@ -11,7 +11,7 @@ sequences that are kept aside (`edgeprune.candidates`). A round
        half of the steps, and so on. Where no part of them helps, the next round's steps are half as large.
 
 Effects are predicted for single steps and the candidate is judged whole, so heads and channels, early and late layers
-are traded by what they do to the output; heads count `HEAD_PRICE` times, as in the other allocations. `search:ROUNDS`
+are traded by what they do to the output; heads count `HEAD_PRICE` times. `search:ROUNDS`
 sets how many rounds (default 6), and `search:MINUTESmin` judges no further candidate after so many minutes: how far it
 comes then depends on the machine, and on when it was interrupted.
 """

@@ -19,6 +19,10 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted, as shells give it."""
+
+
 class _CurrentStderr(logging.Handler):
     """Logs to what stderr is when a record comes: a progress bar takes its place for a while."""
 
@@ -53,7 +57,10 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            typer.echo("edgeprune: interrupted", err=True)
+        sys.exit(code)
     except EdgepruneError as error:
         message = " ".join(str(error).split())
         typer.echo(f"edgeprune: {message}", err=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeprune.cli.options import DEFAULT_WINDOW, OUTPUT_KIND, REPORT_FILE, Options
+from edgeprune.cli.options import DEFAULT_WINDOW, OUTPUT, Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,14 +95,13 @@ def check_output_folder(options: Options) -> None:
     Raises:
         EdgepruneError: if not.
     """
-    from edgeprune.checkpoint import FOLDER_KIND
-    from edgeprune.configs import CONFIG_FILE
+    from edgeprune.checkpoint import PRUNED
     from edgeprune_runtime.output import check_output
 
     if options.dry_run:
         return
-    marker, what = (CONFIG_FILE, FOLDER_KIND) if options.checkpoint_only else (REPORT_FILE, OUTPUT_KIND)
-    check_output(options.output, force=options.force, marker=marker, what=what, is_locked=True)
+    kind = PRUNED if options.checkpoint_only else OUTPUT
+    check_output(options.output, force=options.force, kind=kind, is_locked=True)
 
 
 def check_fits(
@@ -130,7 +129,7 @@ def check_fits(
             f"context holds {limit}; lower --prompt-tokens or --generate-tokens"
         )
     if text is not None:
-        window = options.eval_window or DEFAULT_WINDOW
+        window = options.eval_window or min(DEFAULT_WINDOW, limit)
         if window > limit:
             raise EdgepruneError(f"--eval-window is {window}, the model's context holds {limit}; lower it")
         tokens = len(tokenizer(text.text, verbose=False)["input_ids"])

@@ -13,6 +13,7 @@ import typer
 from edgeprune.cli import app
 from edgeprune.cli.checks import check_fits, check_measuring, check_output_folder, check_uncut
 from edgeprune.cli.extras import need
+from edgeprune.cli.hints import PROMPT, say_next
 from edgeprune.cli.measuring import hold_gates, judge
 from edgeprune.cli.opening import (
     calibrate,
@@ -29,8 +30,7 @@ from edgeprune.cli.options import (
     DENSE,
     GRAPH_SOURCE_HELP,
     NO_RECOVERY,
-    OUTPUT_KIND,
-    REPORT_FILE,
+    OUTPUT,
     TARGET_HELP,
     Options,
     chosen_preset,
@@ -241,7 +241,7 @@ def compress(
     eval_window: Annotated[
         int | None,
         typer.Option(
-            help=f"Tokens of a perplexity window of --eval-text; default: {DEFAULT_WINDOW}.",
+            help=f"Tokens of a perplexity window of --eval-text; default: {DEFAULT_WINDOW}, or the model's context.",
             show_default=False,
             rich_help_panel=MEASURING,
         ),
@@ -415,7 +415,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     from edgeprune_export.model_card import Origin, add_results, checkpoint_card, measured_results
     from edgeprune_export.targets import check_names, choose
     from edgeprune_runtime.limits import parse_size
-    from edgeprune_runtime.output import atomic_folder
+    from edgeprune_runtime.output import atomic_folder, check_apart
 
     settings, sparsity = settings_of(options), sparsity_of(options)
     if sparsity is not None:
@@ -436,6 +436,9 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     text = read_eval_text(options)
     check_output_folder(options)
     source = open_source(options.model, options.trust_remote_code)
+    if not options.dry_run:
+        texts = [Path(text) for text in (options.calibration, options.eval_text) if text]
+        check_apart(options.output, source.path, *texts)
     settings.check_for(source.model_type)
     choice = choose(
         options.target, source.model_type, graph_source=options.graph_source, precision=options.precision, **details
@@ -554,7 +557,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
                 _show(report, as_json=options.as_json, is_last=True, is_measured=False, shown=only_refit(report))
                 _say_next(options)
             else:
-                with atomic_folder(options.output, force=options.force, marker=REPORT_FILE, what=OUTPUT_KIND) as folder:
+                with atomic_folder(options.output, force=options.force, kind=OUTPUT) as folder:
                     with stages.stage("save and read back"):
                         saved = save(decoder, tokenizer, plan, after, folder / CHECKPOINT, beside=beside)
                     _check_form(options, saved)
@@ -634,8 +637,9 @@ def _with_estimates(
         graded_sequences(options, settings),
         had_grams=settings.gathers_moments,
     )
-    chosen = chosen_preset(options.preset, {name: getattr(options, name) for name in PRESETS[options.preset].values()})
-    presets = dict(PRESETS) | {options.preset: chosen}
+    usual = PRESETS[options.preset].values()
+    given = {name: getattr(options, name) for name in usual if getattr(options, name) != usual[name]}
+    presets = {name: chosen_preset(name, given) for name in PRESETS}
     seconds = {name: estimate_seconds(each, pace) for name, each in presets.items()}
     data = dict(report.data) | {"preset": options.preset, "estimated_seconds": seconds}
     return replace(report, tables=(*report.tables, preset_table(presets, seconds, options.preset)), data=data)
@@ -665,7 +669,8 @@ def _say_next(options: Options) -> None:
         return
     out, bundle = options.output, options.output / BUNDLE
     if options.checkpoint_only:
-        typer.echo(f"\nWrote {out}, which loads in torch\n\nNext: edgeprune export {out}", err=True)
+        typer.echo(f"\nWrote {out}, which loads in torch\n", err=True)
+        say_next(("export", out, "-o", f"{out}-{BUNDLE}"))
         return
     typer.echo(
         f"""
@@ -673,9 +678,7 @@ Wrote {out}
   {BUNDLE}/      travels to the device
   {CHECKPOINT}/  loads in torch
   report.html  the figures, to look at or to send
-
-Next: edgeprune run {bundle} --prompt "..."
-      edgeprune validate {bundle}
-      edgeprune bench {bundle}""",
+""",
         err=True,
     )
+    say_next(("run", bundle, *PROMPT), ("validate", bundle), ("bench", bundle))

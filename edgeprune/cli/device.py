@@ -1,6 +1,6 @@
 """Commands that run on the device, with only the base install: run, validate, eval, bench.
 
-Results go to stdout, progress and remarks to stderr. With `--json` the last line of stdout is one JSON document.
+Results go to stdout, progress and remarks to stderr. With `--json` stdout has one JSON document, stderr all else.
 """
 
 import itertools
@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgeprune.cli import app
+from edgeprune.cli.options import DEFAULT_WINDOW
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.limits import MAX_THREADS
+from edgeprune_runtime.output import Kind
 
 if TYPE_CHECKING:
     from edgeprune_runtime.bundle import Bundle
     from edgeprune_runtime.report import Report
 
-REPORT_FILE, REPORT_KIND = "report.json", "an earlier report"
+REPORT = Kind("an earlier report", ("report.json",), frozenset({"report.json", "report.md", "report.html"}))
 
 BundleFolder = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or a .ort file in one.", show_default=False)
@@ -29,9 +32,11 @@ Variant = Annotated[str | None, typer.Option(help="Which of the bundle's graphs;
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime: cpu, cuda, coreml, webgpu, qnn ...")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads; default: what affinity and container quota allow.", show_default=False),
+    typer.Option(
+        min=1, max=MAX_THREADS, help="Threads; default: what affinity and container quota allow.", show_default=False
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="End standard output with one JSON document.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, all else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")]
 
 
@@ -60,12 +65,15 @@ def run(
     from edgeprune_runtime.bundle import open_bundle
     from edgeprune_runtime.generate import Generation, Sampling
     from edgeprune_runtime.session import Decoder, check_context
+    from edgeprune_runtime.text import check_unicode
     from edgeprune_runtime.tokenizer import Tokenizer, stream_text
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     bundle = open_bundle(folder, variant)
     tokenizer = Tokenizer.load(bundle)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_input() if prompt == "-" else prompt
+    check_unicode(text, "the prompt")
+    check_unicode(system or "", "the system message")
     if raw or tokenizer.chat_template is None:
         if system is not None:
             reason = "--raw takes none" if raw else "this bundle has no chat template"
@@ -91,8 +99,10 @@ def run(
     pieces = []
     for piece in stream_text(tokenizer, timed()):
         pieces.append(piece)
-        typer.echo(piece, nl=False)
-    typer.echo()
+        if not (as_json and quiet):
+            typer.echo(piece, nl=False, err=as_json)
+    if not (as_json and quiet):
+        typer.echo(err=as_json)
     steps = [(after - before) * 1e3 for before, after in itertools.pairwise(arrivals)]
     ttft_ms = steps[0] if steps else None
     tpot_ms = sum(steps[1:]) / len(steps[1:]) if len(steps) > 1 else None
@@ -139,7 +149,7 @@ def validate(
         result = validation.validate(
             bundle, provider=provider, threads=threads, on_check=lambda check: update(f"checked {check.name}")
         )
-    _show(validation.report_validation(result), as_json=as_json)
+    _show(validation.report_validation(result), as_json=as_json, quiet=quiet)
     result.ensure_passed()
 
 
@@ -147,7 +157,12 @@ def validate(
 def evaluate(
     folder: BundleFolder,
     text: Annotated[Path, typer.Option(help="A text file, or .jsonl rows with a text field.", show_default=False)],
-    window: Annotated[int, typer.Option(help="Tokens of a window; at most the model's context.")] = 1024,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Tokens of a window; default: {DEFAULT_WINDOW}, or the model's context.", show_default=False
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(help="Tokens between windows; default: the window, so none overlap.", show_default=False),
@@ -173,6 +188,7 @@ def evaluate(
     tokenizer = Tokenizer.load(bundle)
     source = read_text(text, rows_joined=rows_joined)
     _say_packed(bundle, provider, quiet)
+    window = min(DEFAULT_WINDOW, bundle.manifest.context_tokens) if window is None else window
     decoder = Decoder(bundle, provider=provider, threads=threads, tokens=window)
     with _progress("windows", quiet) as advance:
         result = measure_perplexity(
@@ -186,7 +202,7 @@ def evaluate(
             progress=advance,
         )
     report = report_perplexity(result, bundle=str(folder), variant=bundle.variant_name, source=source.source)
-    _show(report, as_json=as_json)
+    _show(report, as_json=as_json, quiet=quiet)
 
 
 @app.command(rich_help_panel="On the device")
@@ -216,12 +232,13 @@ def bench(
     from edgeprune_runtime import bench as benchmark
     from edgeprune_runtime.bundle import open_bundle
     from edgeprune_runtime.limits import parse_size
-    from edgeprune_runtime.output import check_output
+    from edgeprune_runtime.output import check_apart, check_output
 
-    if output is not None:
-        check_output(output, force=force, marker=REPORT_FILE, what=REPORT_KIND)
-    memory_bytes = parse_size(memory) if memory is not None else None
     folders = [a] if b is None else [a, b]
+    if output is not None:
+        check_apart(output, *folders)
+        check_output(output, force=force, kind=REPORT)
+    memory_bytes = parse_size(memory) if memory is not None else None
     for folder in folders:
         _say_packed(open_bundle(folder, variant), provider, quiet)
     with _progress("rounds", quiet) as advance:
@@ -239,7 +256,15 @@ def bench(
     report = benchmark.report_bench(result)
     if output is not None:
         _save_report(report, output, force=force)
-    _show(report, as_json=as_json)
+    _show(report, as_json=as_json, quiet=quiet)
+
+
+def _read_input() -> str:
+    """The text on standard input."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise EdgepruneError(f"standard input is not text ({error}); convert it to UTF-8 first") from error
 
 
 def _say_packed(bundle: "Bundle", provider: str, quiet: bool) -> None:
@@ -251,10 +276,11 @@ def _say_packed(bundle: "Bundle", provider: str, quiet: bool) -> None:
         typer.echo(packed.sentence(bundle.variant_name), err=True)
 
 
-def _show(report: "Report", *, as_json: bool) -> None:
+def _show(report: "Report", *, as_json: bool, quiet: bool) -> None:
+    """A report as tables on stdout; with --json as one document there, and as tables on stderr."""
     from rich.console import Console
 
-    report.print(Console())
+    report.print(Console(stderr=as_json, quiet=as_json and quiet))
     if as_json:
         _print_json(report.to_dict())
 
@@ -266,7 +292,7 @@ def _print_json(document: Mapping[str, object]) -> None:
 def _save_report(report: "Report", folder: Path, *, force: bool) -> None:
     from edgeprune_runtime.output import atomic_folder
 
-    with atomic_folder(folder, force=force, marker=REPORT_FILE, what=REPORT_KIND) as part:
+    with atomic_folder(folder, force=force, kind=REPORT) as part:
         report.save(part)
 
 

@@ -10,6 +10,7 @@ import typer
 
 from edgeprune.cli import app
 from edgeprune.cli.extras import need
+from edgeprune.cli.hints import PROMPT, say_next
 from edgeprune.cli.options import GRAPH_SOURCE_HELP, TARGET_HELP
 from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric
 
@@ -113,6 +114,7 @@ def export(
     from edgeprune_export.targets import choose
     from edgeprune_runtime.errors import EdgepruneError, GateError
     from edgeprune_runtime.limits import parse_size
+    from edgeprune_runtime.output import check_apart
     from edgeprune_runtime.text import read_text
 
     if not checkpoint.is_dir():
@@ -120,6 +122,7 @@ def export(
             f"{str(checkpoint)!r} is not a folder; give that of a checkpoint, or prune with `edgeprune compress "
             f"{checkpoint}`, which takes hub ids and .gguf files too and writes checkpoint and bundle"
         )
+    check_apart(output, checkpoint, *(Path(each) for each in (calibration, text) if each))
     check_bundle(output, force=force)
     choice = choose(
         target,
@@ -219,19 +222,23 @@ def _rounding_data(checkpoint: Path, spec: str, sequences: int | None, length_to
 
 def _say(output: Path, manifest: "Manifest", target: "Target | None") -> None:
     from edgeprune_export.sparsity_check import found_zeros
+    from edgeprune_runtime.session import is_available
 
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
     widths = len(set(manifest.layers))
     layers = "all alike" if widths == 1 else f"{widths} different widths"
     typer.echo(
         f"wrote {output}: {manifest.parameters.all:,} parameters in {len(manifest.layers)} layers ({layers}), "
-        f"{size_bytes / 1e6:,.0f} MB, {next(iter(manifest.variants.values())).graph_source} graph",
+        f"{size_bytes / 1e6:,.1f} MB, {next(iter(manifest.variants.values())).graph_source} graph",
         err=True,
     )
     for name, variant in manifest.variants.items():
+        proven = (
+            "as it is computed, against torch with the same rounded weights" if variant.fidelity else "equals torch"
+        )
         own_bytes = sum(manifest.files[file].size_bytes for file in (variant.graph, *variant.data))
         typer.echo(
-            f"{name}, {own_bytes / 1e6:,.1f} MB, equals torch: largest difference of a logit "
+            f"{name}, {own_bytes / 1e6:,.1f} MB, {proven}: largest difference of a logit "
             f"{variant.parity['max_abs_error']:.1e} over {variant.parity['positions']} positions",
             err=True,
         )
@@ -251,7 +258,7 @@ def _say(output: Path, manifest: "Manifest", target: "Target | None") -> None:
         )
     for note in manifest.notes:
         typer.echo(f"note: {note}", err=True)
-    provider = "" if target is None or target.provider == "cpu" else f" --provider {target.provider}"
-    typer.echo(
-        f'next: edgeprune run {output}{provider} --prompt "..."   or   edgeprune bench {output}{provider}', err=True
-    )
+    provider = "cpu" if target is None else target.provider
+    chosen = () if provider == "cpu" else ("--provider", provider)
+    where = "Next" if is_available(provider) else "Next, on the device"
+    say_next(("run", output, *chosen, *PROMPT), ("bench", output, *chosen), where=where)

@@ -110,7 +110,8 @@ def _perplexities(
         bundle = open_bundle(folder)
         if isinstance(source, Text):
             ids = Tokenizer.load(bundle).encode(source.text)
-            window, text_hash, joining = options.eval_window or DEFAULT_WINDOW, source.text_hash, source.joining
+            window = options.eval_window or min(DEFAULT_WINDOW, bundle.manifest.context_tokens)
+            text_hash, joining = source.text_hash, source.joining
         else:
             ids = source.ids.flatten().tolist()
             window, text_hash, joining = source.ids.shape[1], source.sha256, "random windows"

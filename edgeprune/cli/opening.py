@@ -1,6 +1,5 @@
 """What `compress` opens before its first step: the journal, the dense model, the calibration text."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -44,6 +43,7 @@ def open_journal_of(
     import transformers
 
     import edgeprune_runtime
+    from edgeprune.calibration import hash_file
     from edgeprune.journal import open_journal, passing_journal
     from edgeprune.sources import identity
     from edgeprune_runtime.output import remove_parts
@@ -52,13 +52,12 @@ def open_journal_of(
         with passing_journal() as journal:
             yield journal
         return
-    text = Path(options.calibration) if options.calibration is not None else None
     fingerprint = {
         "model": identity(source),
         "setting": [asdict(settings), asdict(sparsity) if sparsity else None, options.dtype, options.max_memory],
         "calibration text": [
             options.calibration,
-            hashlib.sha256(text.read_bytes()).hexdigest() if text is not None and text.is_file() else None,
+            hash_file(options.calibration),
             options.calibration_sequences,
             options.calibration_tokens,
             options.seed,

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgeprune.presets import PRESETS, Preset
+from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.limits import MAX_THREADS
+from edgeprune_runtime.output import Kind
 
 if TYPE_CHECKING:
     from edgeprune.budget import Heads
     from edgeprune.pruning import Settings, Widths
     from edgeprune.sparsify import Sparsity
 
-CHECKPOINT, BUNDLE, DENSE, REPORT_FILE = "checkpoint", "bundle", "dense", "report.json"
-OUTPUT_KIND = "an output of compress"
+CHECKPOINT, BUNDLE, DENSE = "checkpoint", "bundle", "dense"
+OUTPUT = Kind("an output of compress", (f"{CHECKPOINT}/plan.json",))
 DEFAULT_WINDOW = 1024
+MAX_SEED = 2**63 - 1  # a signed number of 64 bits, which every generator takes
 NO_RECOVERY = "none"
 TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "webgpu", "wasm", "mobile", "genai")
 """The files of `edgeprune_export.targets`, which a device's commands must not import."""
@@ -81,6 +85,13 @@ class Options:
     as_json: bool
     quiet: bool
 
+    def __post_init__(self) -> None:
+        """Refuse at once what would come out only when it is used, after long work."""
+        most = {"seed": (self.seed, MAX_SEED), "threads": (self.threads or 1, MAX_THREADS)}
+        for name, (value, at_most) in most.items():
+            if value > at_most:
+                raise EdgepruneError(f"--{name} is {value}; at most {at_most} was expected")
+
 
 def chosen_preset(preset: str, given: Mapping[str, str | int | None], widths: str = "per-layer") -> Preset:
     """The preset of this name, with what the user gave himself; uniform widths take the allocation that makes them.
@@ -88,8 +99,6 @@ def chosen_preset(preset: str, given: Mapping[str, str | int | None], widths: st
     Raises:
         EdgepruneError: if there is no such preset.
     """
-    from edgeprune_runtime.errors import EdgepruneError
-
     if preset not in PRESETS:
         raise EdgepruneError(f"unknown --preset {preset!r}; expected {', '.join(PRESETS)}")
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -125,7 +134,6 @@ def sparsity_of(options: Options) -> "Sparsity | None":
         EdgepruneError: if something of it is asked for, but no pattern.
     """
     from edgeprune.sparsify import Sparsity, default_refit
-    from edgeprune_runtime.errors import EdgepruneError
 
     given = {
         "method": options.sparsity_method,

@@ -9,6 +9,7 @@ import typer
 from edgeprune.cli import app
 from edgeprune.cli.device import AsJson, Quiet, Threads, Variant
 from edgeprune.cli.extras import need
+from edgeprune.cli.hints import PROMPT, say_next
 
 if TYPE_CHECKING:
     from edgeprune_export.packing import Load
@@ -45,9 +46,9 @@ def pack(
         plain, packed = compare_loads(bundle, rounds=rounds, threads=threads)
     if not quiet:
         typer.echo(f"wrote {copy.folder}, which this machine now runs {bundle.variant_name} from", err=True)
-        typer.echo(f"next: edgeprune run {folder} --variant {bundle.variant_name} --prompt ...", err=True)
+        say_next(("run", folder, "--variant", bundle.variant_name, *PROMPT))
     report = _report(bundle, copy, plain, packed, rounds)
-    report.print(Console())
+    report.print(Console(stderr=as_json, quiet=as_json and quiet))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), allow_nan=False))
 

@@ -238,6 +238,8 @@ def verdict_report(
             f"latency: prompt {measured.prompt_tokens}, generate {measured.generate_tokens} tokens, {measured.threads} "
             f"threads, provider {measured.provider}, {len(last.rounds)} rounds in turns, each a "
             f"fresh process" + limit + variant,
+            "the columns are each side's medians over its rounds; the verdicts compare the sides within each round, as "
+            "a machine's pace changes from one to the next, so that the two may differ",
         ),
     )
     good_to_know = [Table(NOTES_TABLE, ("note",), tuple((note,) for note in notes))] if notes else []

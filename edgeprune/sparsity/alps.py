@@ -49,11 +49,12 @@ def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
             "model on this text, or calibrate in float32"
         )
     root = gram.diagonal().sqrt()
-    scale = torch.where(root > 0, root, 1.0)  # a dead input has weights that nothing depends on
+    is_dead = root == 0  # nothing depends on the weights of such an input: they must not take the place of others
+    scale = root.masked_fill(is_dead, 1.0)
     system = gram / scale / scale[:, None]
     system.diagonal().add_(DAMPING)
     values, vectors = (part.float() for part in torch.linalg.eigh(system.double()))
-    dense = evidence.weight * scale
+    dense = (evidence.weight * scale).masked_fill(is_dead, 0.0)
     goal = dense @ system
     sparse = dense * pattern.keep(dense.abs(), side)
     multipliers = torch.zeros_like(dense)
@@ -64,4 +65,4 @@ def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
         sparse = sparse * pattern.keep(sparse.abs(), side)
         multipliers += rho * (fitted - sparse)
         rho *= GROWTH
-    return sparse / scale
+    return (sparse / scale).masked_fill(is_dead, 0.0)

@@ -61,7 +61,7 @@ from edgeprune_runtime.bundle import (
     transformers_js_dtype,
 )
 from edgeprune_runtime.errors import EdgepruneError, GateError
-from edgeprune_runtime.output import atomic_folder, check_output, check_space
+from edgeprune_runtime.output import Kind, atomic_folder, check_output, check_space
 from edgeprune_runtime.tokenizer import read_tokenizer
 
 Progress = Callable[[str, float], None]
@@ -69,7 +69,7 @@ Progress = Callable[[str, float], None]
 
 STAGES = ("rounding", "graph", "exactness", "parity", "packaging", "manifest")
 """In order; an export has those that it needs."""
-BUNDLE_KIND = "a bundle"
+BUNDLE = Kind("a bundle", (MANIFEST_FILE,))
 
 REQUIRED_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 OPTIONAL_FILES = (
@@ -152,7 +152,7 @@ def export(
     if target is not None:
         target.check_size(parameters.all, precisions)
     check_space(out, sum(precision.bits for precision in precisions) * parameters.all // 8 + SPARE_BYTES)
-    with atomic_folder(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND) as folder, ExitStack() as stack:
+    with atomic_folder(out, force=force, kind=BUNDLE) as folder, ExitStack() as stack:
         plan = PrunePlan.load(checkpoint) if (checkpoint / PLAN_FILE).is_file() else None
         failed: list[str] = []
         records: dict[str, FileRecord] = {}
@@ -213,7 +213,7 @@ def check_bundle(out: Path, *, force: bool) -> None:
     Raises:
         EdgepruneError: if something stands there that may not be replaced.
     """
-    check_output(out, force=force, marker=MANIFEST_FILE, what=BUNDLE_KIND)
+    check_output(out, force=force, kind=BUNDLE)
 
 
 def check_precisions(precisions: Sequence[Precision], source: GraphSource, config: PreTrainedConfig) -> None:
@@ -276,11 +276,12 @@ def _manifest(
     name: str | None,
 ) -> Manifest:
     origin = plan.model if plan else checkpoint.resolve().name
+    name = name or (f"{Path(origin).name} (pruned)" if plan else Path(origin).name)
     config = weights.config
     tokens = _special_tokens(checkpoint, config)
     return Manifest(
         edgeprune_version=edgeprune_runtime.__version__,
-        model=ModelInfo(name or Path(origin).name, config.model_type, origin),
+        model=ModelInfo(name, config.model_type, origin),
         default_variant=next(iter(variants)),
         variants=variants,
         layers=tuple(

@@ -29,9 +29,9 @@ from edgeprune_runtime.golden import GoldenCase, load_golden
 from edgeprune_runtime.limits import usable_cpus
 from edgeprune_runtime.output import atomic_folder, check_output, check_space
 from edgeprune_runtime.packed import (
+    PACKED,
     PROVIDER,
     RECORD_FILE,
-    RECORD_KIND,
     PackedCopy,
     find_packed,
     packed_folder,
@@ -97,10 +97,10 @@ def pack(bundle: Bundle, *, say: Say = lambda what: None) -> PackedCopy:
     folder = packed_folder(bundle)
     # Its own words, as nobody asked for --force.
     if folder.exists() and not (folder / RECORD_FILE).is_file():
-        raise EdgepruneError(f"{folder} is not {RECORD_KIND} and is in its place; move it away")
-    check_output(folder, force=True, marker=RECORD_FILE, what=RECORD_KIND)
+        raise EdgepruneError(f"{folder} is not {PACKED.what} and is in its place; move it away")
+    check_output(folder, force=True, kind=PACKED)
     try:
-        with atomic_folder(folder, force=True, marker=RECORD_FILE, what=RECORD_KIND) as part:
+        with atomic_folder(folder, force=True, kind=PACKED) as part:
             write_record(part, bundle, write_packed(bundle, part, say=say).name)
     finally:
         # Empty where no variant has a copy.

@@ -210,9 +210,7 @@ class Manifest:
             raise EdgepruneError(f"{str(folder)!r} is not a folder; give the folder of a bundle")
         path = folder / MANIFEST_FILE
         if not path.exists():
-            raise EdgepruneError(
-                f"{folder} has no {MANIFEST_FILE}, so it is not a bundle; make one with `edgeprune compress`"
-            )
+            raise EdgepruneError(f"{folder} has no {MANIFEST_FILE}, so it is not a bundle; {_instead_of(folder)}")
         return cls.from_json(read_json(path, limit_bytes=MAX_MANIFEST_BYTES), where=str(path))
 
     @classmethod
@@ -236,7 +234,7 @@ class Manifest:
             model=ModelInfo(model.text("name"), model.text("model_type"), model.text("source")),
             default_variant=top.text("default_variant"),
             variants={
-                name: _variant(Fields.nested(f"{where}.variants.{name}", value))
+                _printable(name, f"{where}.variants"): _variant(Fields.nested(f"{where}.variants.{name}", value))
                 for name, value in top.mapping("variants").items()
             },
             layers=tuple(
@@ -362,15 +360,30 @@ def find_bundle(folder: Path | str, variant: str | None = None) -> Bundle:
         EdgepruneError: if there is none, or it has no such variant or file.
     """
     folder, ort_file = Path(folder), None
-    if folder.suffix == ORT_SUFFIX and not folder.is_dir():
-        folder, ort_file = _bundle_of(folder)
-    manifest = Manifest.load(folder)
+    try:
+        if folder.suffix == ORT_SUFFIX and not folder.is_dir():
+            folder, ort_file = _bundle_of(folder)
+        manifest = Manifest.load(folder)
+    except OSError as error:  # a name too long for the system, or a folder that is closed to us
+        raise EdgepruneError(
+            f"{str(folder)!r} is no usable path ({error.strerror}); give the folder of a bundle"
+        ) from error
     chosen = variant or (manifest.default_variant if ort_file is None else _variant_of(manifest, ort_file))
     if chosen not in manifest.variants:
         raise EdgepruneError(f"{folder} has no variant {chosen!r}; it has {', '.join(sorted(manifest.variants))}")
     if ort_file is not None and chosen != _variant_of(manifest, ort_file):
         raise EdgepruneError(f"{folder / ort_file} is not the variant {chosen!r}; give the file alone")
     return Bundle(folder, manifest, chosen, ort_file)
+
+
+def _instead_of(folder: Path) -> str:
+    """What to do with a folder that is no bundle."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_FILE}"))
+    if inside:
+        return f"give the one inside, {inside[0]}"
+    if (folder / "config.json").is_file():
+        return "make one of this checkpoint with `edgeprune export`"
+    return "make one with `edgeprune compress`"
 
 
 def _bundle_of(file: Path) -> tuple[Path, str]:
@@ -415,6 +428,12 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _printable(name: str, where: str) -> str:
+    if not name.isprintable():
+        raise EdgepruneError(f"{where} has the name {name!r}; one of printable characters was expected")
+    return name
 
 
 def _variant(fields: Fields) -> Variant:

@@ -121,7 +121,7 @@ def look(place: Path) -> Here:
         memory_bytes=machine.memory_bytes,
         memory_limit_bytes=memory_limit_bytes(),
         memory_available_bytes=_memory_available_bytes(),
-        disk_free_bytes=shutil.disk_usage(place if place.exists() else Path.cwd()).free,
+        disk_free_bytes=_disk_free_bytes(place),
     )
 
 
@@ -162,6 +162,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _disk_free_bytes(place: Path) -> int:
+    """Free bytes of the disk that a folder is on; of the one we stand on where there is no such folder."""
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return shutil.disk_usage(Path.cwd()).free
 
 
 def _memory_available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:

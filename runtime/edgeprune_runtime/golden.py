@@ -17,6 +17,7 @@ import numpy.typing as npt
 from edgeprune_runtime.bundle import Bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.session import Ids, Logits
+from edgeprune_runtime.untrusted import blaming
 
 MAX_GOLDEN_BYTES = 1 << 30
 
@@ -50,23 +51,21 @@ def load_golden(bundle: Bundle) -> list[GoldenCase]:
         EdgepruneError: if the file is broken, or a case does not fit the bundle's vocabulary or itself.
     """
     path = bundle.file(bundle.golden)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {Path(info.filename).stem: info for info in archive.infolist()}
-            if sum(info.file_size for info in names.values()) > MAX_GOLDEN_BYTES:
-                raise EdgepruneError(f"{path} unpacks to more than {MAX_GOLDEN_BYTES >> 20} MiB; it is not golden data")
-            cases = []
-            for index in itertools.count():
-                if f"ids_{index}" not in names:
-                    break
-                ids, positions, greedy = (
-                    _read_array(archive, names[f"{part}_{index}"], np.int64, 1).astype(np.int64)
-                    for part in ("ids", "positions", "greedy")
-                )
-                logits = _read_array(archive, names[f"logits_{index}"], np.float32, 2).astype(np.float32)
-                cases.append(GoldenCase(ids, positions, logits, greedy))
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError) as error:
-        raise EdgepruneError(f"{path} is not golden data ({error}); copy the bundle again") from error
+    # zipfile, its decompressors and numpy's parser of headers raise a dozen kinds of errors, SyntaxError among them
+    with blaming(f"{path} is not golden data", "copy the bundle again"), zipfile.ZipFile(path) as archive:
+        names = {Path(info.filename).stem: info for info in archive.infolist()}
+        if sum(info.file_size for info in names.values()) > MAX_GOLDEN_BYTES:
+            raise EdgepruneError(f"{path} unpacks to more than {MAX_GOLDEN_BYTES >> 20} MiB; it is not golden data")
+        cases = []
+        for index in itertools.count():
+            if f"ids_{index}" not in names:
+                break
+            ids, positions, greedy = (
+                _read_array(archive, names[f"{part}_{index}"], np.int64, 1).astype(np.int64)
+                for part in ("ids", "positions", "greedy")
+            )
+            logits = _read_array(archive, names[f"logits_{index}"], np.float32, 2).astype(np.float32)
+            cases.append(GoldenCase(ids, positions, logits, greedy))
     if not cases:
         raise EdgepruneError(f"{path} holds no golden sequence; make the bundle again")
     for index, case in enumerate(cases):

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from edgeprune_runtime.errors import EdgepruneError
 
+MAX_THREADS = 1024
+"""The most that may be asked for: beyond what any one model has work for, and far below what overflows."""
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 # A cgroup without a limit reports a number near 2**63; nothing real comes close to this.
@@ -20,20 +23,20 @@ def parse_size(text: str) -> int:
     """Bytes in a size such as `512MiB`, `1.5GiB`, `300MB` or `1000000`.
 
     Raises:
-        EdgepruneError: if the text is not a positive size.
+        EdgepruneError: if the text is not a size that a memory can have.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < _NO_LIMIT:
         raise EdgepruneError(f"{text!r} is not a size; write it like 512MiB, 1.5GiB or 300MB")
-    return size
+    return int(size)
 
 
 def usable_cpus() -> int:
-    """Processors that this process may keep busy: its affinity, cut by the CPU quota of its control groups."""
+    """Processors that this process may keep busy: its affinity, cut by its groups' CPU quota and by `MAX_THREADS`."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
-    return max(1, min(cpus, math.ceil(quota)) if quota else cpus)
+    return max(1, min(cpus, math.ceil(quota or cpus), MAX_THREADS))
 
 
 def cpu_quota(root: Path = CGROUP_ROOT) -> float | None:

@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune_runtime.errors import EdgepruneError
@@ -23,14 +24,33 @@ from edgeprune_runtime.errors import EdgepruneError
 logger = logging.getLogger(__name__)
 
 
-def check_output(out: Path, *, force: bool, marker: str, what: str, is_locked: bool = False) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """A sort of folder, of which one may be replaced by another of the same sort and by nothing else.
+
+    Attributes:
+        what: what a person calls it ("a bundle").
+        markers: files that every one holds, by their paths inside.
+        parts: all that one may hold; None where that differs from one to the next.
+    """
+
+    what: str
+    markers: tuple[str, ...]
+    parts: frozenset[str] | None = None
+
+    def includes(self, folder: Path) -> bool:
+        """Whether a folder is of this sort."""
+        is_marked = not folder.is_symlink() and all((folder / marker).is_file() for marker in self.markers)
+        return is_marked and (self.parts is None or {path.name for path in folder.iterdir()} <= self.parts)
+
+
+def check_output(out: Path, *, force: bool, kind: Kind, is_locked: bool = False) -> None:
     """Check that a folder may be written as `out`; call it before the long work.
 
     Args:
         out: the folder.
         force: an earlier one may be replaced.
-        marker: a file that every folder of this kind holds; a folder without it is never replaced.
-        what: what a person calls the kind ("a bundle").
+        kind: its sort; a folder of another is never replaced.
         is_locked: a lock keeps a second writer out, and the caller will remove what a dead one left (`remove_parts`).
 
     Raises:
@@ -49,7 +69,19 @@ def check_output(out: Path, *, force: bool, marker: str, what: str, is_locked: b
     existing = _nearest_folder(out)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise EdgepruneError(f"cannot write {out}: {existing} is no folder to write to; choose another")
-    _check_replaceable(out, force=force, marker=marker, what=what)
+    _check_replaceable(out, force=force, kind=kind)
+
+
+def check_apart(out: Path, *inputs: Path) -> None:
+    """Check that writing `out` takes nothing away that is read for it.
+
+    Raises:
+        EdgepruneError: if it is one of the inputs, or holds one.
+    """
+    for path in inputs:
+        is_there = os.path.exists(path)  # noqa: PTH110 - Path's own fails on a name that is too long
+        if is_there and path.resolve().is_relative_to(out.resolve()):
+            raise EdgepruneError(f"{out} is or holds {path}, which is read; choose another output")
 
 
 def remove_parts(out: Path) -> None:
@@ -58,14 +90,13 @@ def remove_parts(out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, *, force: bool, marker: str, what: str) -> None:
+def _check_replaceable(out: Path, *, force: bool, kind: Kind) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not force:
         raise EdgepruneError(f"{out} exists already; choose another name, or replace it with --force")
-    is_ours = (out / marker).is_file() and not out.is_symlink()
-    if not is_ours and not (out.is_dir() and not any(out.iterdir())):
-        raise EdgepruneError(f"{out} is not {what}, so --force does not replace it; choose another name")
+    if not kind.includes(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise EdgepruneError(f"{out} is not {kind.what}, so --force does not replace it; choose another name")
 
 
 def check_space(out: Path, wanted_bytes: int) -> None:
@@ -83,7 +114,7 @@ def check_space(out: Path, wanted_bytes: int) -> None:
 
 
 @contextmanager
-def atomic_folder(out: Path, *, force: bool, marker: str, what: str) -> Iterator[Path]:
+def atomic_folder(out: Path, *, force: bool, kind: Kind) -> Iterator[Path]:
     """A hidden sibling of `out` that takes its place when the block ends well, and vanishes when it does not.
 
     The block may take hours, so what stands at `out` by its end is held against the rules of `check_output` again.
@@ -91,8 +122,7 @@ def atomic_folder(out: Path, *, force: bool, marker: str, what: str) -> Iterator
     Args:
         out: the folder.
         force: an earlier one may be replaced.
-        marker: a file that every folder of this kind holds; a folder without it is never replaced.
-        what: what a person calls the kind ("a bundle").
+        kind: its sort; a folder of another is never replaced.
 
     Raises:
         EdgepruneError: if the system refuses to write, or something stands there that may not be replaced; it is
@@ -109,7 +139,7 @@ def atomic_folder(out: Path, *, force: bool, marker: str, what: str) -> Iterator
         raise _refused(out, error) from error
     try:
         yield part
-        _check_replaceable(out, force=force, marker=marker, what=what)
+        _check_replaceable(out, force=force, kind=kind)
         if out.exists():
             out.rename(old)
         try:
@@ -129,7 +159,8 @@ def atomic_folder(out: Path, *, force: bool, marker: str, what: str) -> Iterator
 
 def _nearest_folder(out: Path) -> Path:
     """What exists on the way to `out` and is nearest to it."""
-    return next(parent for parent in out.absolute().parents if parent.exists())
+    out = out.absolute()
+    return next(parent for parent in (*out.parents, out) if parent.exists())
 
 
 def _refused(out: Path, error: OSError) -> EdgepruneError:

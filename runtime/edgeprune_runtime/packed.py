@@ -30,11 +30,12 @@ from edgeprune_runtime.bundle import Bundle, FileRecord, sha256_of
 from edgeprune_runtime.cpu_features import cpu_flags, features_of
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.machine import cpu_name
+from edgeprune_runtime.output import Kind
 from edgeprune_runtime.untrusted import Fields, Json, file_inside, read_json, relative_path
 
 PACKED_FOLDER = "packed"
 RECORD_FILE = "packed.json"
-RECORD_KIND = "a packed copy"
+PACKED = Kind("a packed copy", (RECORD_FILE,))
 SCHEMA_VERSION = 1
 PROVIDER = "cpu"
 """The execution provider that the packed weights are for."""

@@ -12,7 +12,7 @@ import onnxruntime.capi.onnxruntime_pybind11_state as ort_errors
 
 from edgeprune_runtime.bundle import ORT_SUFFIX, Bundle, Manifest
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.limits import usable_cpus
+from edgeprune_runtime.limits import MAX_THREADS, usable_cpus
 from edgeprune_runtime.packed import PackedCopy, usable_packed
 from edgeprune_runtime.tensorrt import for_engine, shape_profile
 
@@ -97,7 +97,8 @@ def make_session(
     Args:
         graph: The ONNX file, its external data in its folder; or one in the ORT format, for the CPU alone.
         provider: A key of `PROVIDERS`.
-        threads: Threads inside an operator; None takes `usable_cpus()`, which heeds affinity and container quota.
+        threads: Threads inside an operator, 1 to `MAX_THREADS`; None takes `usable_cpus()`, which heeds affinity and
+            container quota.
         is_sparse: Weights have zeros in a pattern, which TensorRT is told.
         shapes: Provider options with the shapes that will come (see `tensorrt.py`).
         keeps_memory: What a run has used stays for the next one, which is faster, and takes more.
@@ -108,8 +109,8 @@ def make_session(
     """
     name = provider_name(provider)
     told = {**_OPTIONS.get(provider, {}), **(_SPARSE_OPTIONS.get(provider, {}) if is_sparse else {}), **(shapes or {})}
-    if threads is not None and threads < 1:
-        raise EdgepruneError(f"threads is {threads}; at least 1 was expected")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise EdgepruneError(f"threads is {threads}; 1 to {MAX_THREADS} were expected")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or usable_cpus()
@@ -163,6 +164,11 @@ def package_of(provider: str) -> str:
     return _PACKAGES.get(provider, f"an onnxruntime with {provider}")
 
 
+def is_available(provider: str) -> bool:
+    """Whether this build of ONNX Runtime has a provider of `PROVIDERS`."""
+    return PROVIDERS[provider] in onnxruntime.get_available_providers()
+
+
 def provider_name(provider: str) -> str:
     """ONNX Runtime's name of a provider that this build has.
 
@@ -171,9 +177,8 @@ def provider_name(provider: str) -> str:
     """
     if provider not in PROVIDERS:
         raise EdgepruneError(f"unknown provider {provider!r}; known: {', '.join(PROVIDERS)}")
-    available = onnxruntime.get_available_providers()
-    if PROVIDERS[provider] not in available:
-        here = [short for short, name in PROVIDERS.items() if name in available]
+    if not is_available(provider):
+        here = [short for short in PROVIDERS if is_available(short)]
         raise EdgepruneError(
             f"this ONNX Runtime {onnxruntime.__version__} has no provider {provider!r}, it has {', '.join(here)}; "
             f"install {package_of(provider)}, or take --provider cpu"

@@ -34,7 +34,7 @@ def read_text(path: Path, *, rows_joined: bool = False) -> Text:
     file: a row keeps its newline, an empty line is an empty row, and rows are joined by "\n\n".
 
     Raises:
-        EdgepruneError: if the file cannot be read, is not UTF-8, is empty, or a jsonl row has no "text".
+        EdgepruneError: if the file cannot be read, is not UTF-8, is empty, or a jsonl row has no proper "text".
     """
     try:
         content = path.read_text("utf-8")
@@ -57,7 +57,7 @@ def jsonl_rows(content: str, path: Path) -> Sequence[str]:
     """The "text" of each line of a jsonl file's content; `path` names it in errors.
 
     Raises:
-        EdgepruneError: naming the first line that is not an object with a string "text".
+        EdgepruneError: naming the first line that is not an object with a string "text", in proper Unicode.
     """
     rows = []
     # Not splitlines(): JSON strings may hold the other characters at which it breaks, such as U+2028.
@@ -66,13 +66,30 @@ def jsonl_rows(content: str, path: Path) -> Sequence[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise EdgepruneError(f"{path} line {number} is not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise EdgepruneError(
+                f'{path} line {number} is not JSON ({error}); one object {{"text": ...}} was expected'
+            ) from error
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise EdgepruneError(f'{path} line {number} has no string "text"; one object {{"text": ...}} was expected')
+        check_unicode(text, f"{path} line {number}")
         rows.append(text)
     return rows
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Check that a text holds no half of a surrogate pair: JSON escapes can, and arguments that are not UTF-8.
+
+    Raises:
+        EdgepruneError: if it does; `where` says what the text is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EdgepruneError(
+            f"{where} holds {text[error.start]!a}, which is no character; proper Unicode was expected, give it as UTF-8"
+        ) from error
 
 
 def line_rows(content: str) -> Sequence[str]:

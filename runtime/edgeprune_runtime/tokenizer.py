@@ -1,25 +1,30 @@
 """Text to token ids and back on the device: `tokenizers`, and the chat template in a sandbox."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import loopcontrols
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from edgeprune_runtime.bundle import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Bundle
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.untrusted import Json, read_json
+from edgeprune_runtime.untrusted import Json, blaming, read_json
 
 Message = Mapping[str, str]
 """One turn of a chat: `role` ("system", "user", "assistant") and `content`."""
 
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_CONFIG_BYTES = 16 << 20
+_MAX_PRODUCT = 1 << 20
+"""Characters, items or bits that an operator of a chat template may make; whole chats are shorter."""
 # What a decoder prints for bytes that are not yet a whole character.
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most four bytes; a run of more broken bytes is broken for good.
@@ -47,12 +52,22 @@ class Tokenizer:
         return cls(fast, _special_tokens(config), template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens the tokenizer puts around one unless told not to."""
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text, with the tokens the tokenizer puts around one unless told not to.
+
+        Raises:
+            EdgepruneError: if the tokenizer fails on it.
+        """
+        with blaming("the bundle's tokenizer fails on this text", "give another text, or copy the bundle again"):
+            return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self.fast.decode(list(ids), skip_special_tokens=True)
+        """The text of token ids, special tokens left out.
+
+        Raises:
+            EdgepruneError: if the tokenizer fails on them.
+        """
+        with blaming("the bundle's tokenizer makes no text of its tokens", "copy the bundle again"):
+            return self.fast.decode(list(ids), skip_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat that waits for the assistant's turn; the template writes its special tokens itself.
@@ -70,13 +85,11 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise EdgepruneError("this bundle has no chat template; give the prompt as plain text with --raw")
-        try:
+        with blaming("the chat template refuses these messages", "try --raw"):
             template = _sandbox().from_string(self.chat_template)
             return template.render(
                 **self.special_tokens, messages=[dict(message) for message in messages], add_generation_prompt=True
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            raise EdgepruneError(f"the chat template refuses these messages ({error}); try --raw") from error
 
 
 def read_tokenizer(path: Path) -> FastTokenizer:
@@ -87,10 +100,8 @@ def read_tokenizer(path: Path) -> FastTokenizer:
     """
     if path.stat().st_size > _MAX_TOKENIZER_BYTES:
         raise EdgepruneError(f"{path} is larger than {_MAX_TOKENIZER_BYTES >> 20} MiB; it is not a tokenizer")
-    try:
+    with blaming(f"{path} is not a tokenizer", "copy the folder again"):
         fast = FastTokenizer.from_file(str(path))
-    except Exception as error:  # the Rust binding raises bare Exception for a file it cannot parse
-        raise EdgepruneError(f"{path} is not a tokenizer ({error}); copy the folder again") from error
     fast.no_padding()
     fast.no_truncation()
     return fast
@@ -153,9 +164,27 @@ def _special_tokens(config: Mapping[str, Json]) -> dict[str, str]:
     return tokens
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a short expression makes no huge value either: `"a" * 10**11`, `9 ** (9 ** 9)`."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The product or power; refused if it is too large."""
+        many, times = (left, right) if isinstance(right, int) else (right, left)
+        size = 0
+        if isinstance(many, Sized):
+            size = len(many) * times
+        elif isinstance(many, int):
+            size = many.bit_length() * (times if operator == "**" else 1)
+        if size > _MAX_PRODUCT:
+            raise SecurityError(f"{operator} would make more than {_MAX_PRODUCT:,} characters, items or bits")
+        return super().call_binop(context, operator, left, right)
+
+
 def _sandbox() -> ImmutableSandboxedEnvironment:
     """The environment that transformers renders chat templates in, so that the same template gives the same text."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -1,11 +1,12 @@
 """Reading JSON and paths that a stranger wrote: every value is checked for type and size before it is used."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -15,6 +16,24 @@ MAX_COUNT = 2**53
 """The largest whole number every JSON reader holds exactly."""
 MAX_TEXT = 1 << 16
 MAX_ITEMS = 1 << 16
+MAX_NUMBER = sys.float_info.max
+MAX_REASON = 300
+
+
+@contextmanager
+def blaming(what: str, advice: str) -> Iterator[None]:
+    """Inside, whatever a library makes of a stranger's data, an EdgepruneError says it: what, the reason, the advice.
+
+    For libraries that promise no errors of their own: `tokenizers` raises bare Exception, and where its Rust code
+    panics, a BaseException.
+    """
+    try:
+        yield
+    except (EdgepruneError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        raise EdgepruneError(f"{what} ({reason}); {advice}") from error
 
 
 def read_json(path: Path, *, limit_bytes: int) -> Mapping[str, Json]:
@@ -86,7 +105,7 @@ class Fields:
     def text(self, key: str, *, one_of: Sequence[str] = ()) -> str:
         """A string, one of the given where any are given."""
         value = self._value(key)
-        if not isinstance(value, str) or len(value) > MAX_TEXT or (one_of and value not in one_of):
+        if not _is_text(value) or (one_of and value not in one_of):
             raise self._wrong(key, value, f"one of {', '.join(one_of)}" if one_of else "a string")
         return value
 
@@ -98,7 +117,7 @@ class Fields:
         """A list of strings."""
         found = []
         for value in self.items(key):
-            if not isinstance(value, str) or len(value) > MAX_TEXT:
+            if not _is_text(value):
                 raise self._wrong(key, value, "a list of strings")
             found.append(value)
         return tuple(found)
@@ -125,10 +144,10 @@ class Fields:
         """A list of whole numbers in 0..high."""
         return tuple(self._count(key, value, 0, high) for value in self.items(key))
 
-    def number(self, key: str, *, low: float = -math.inf) -> float:
+    def number(self, key: str, *, low: float = -MAX_NUMBER) -> float:
         """A finite number not below `low`."""
         value = self._value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= MAX_NUMBER:
             raise self._wrong(key, value, f"a number of at least {low:g}")
         return float(value)
 
@@ -166,6 +185,11 @@ class Fields:
 
     def _wrong(self, key: str, value: Json, expected: str) -> EdgepruneError:
         return EdgepruneError(f"{self.where}.{key} is {_short(value)}; {expected} was expected")
+
+
+def _is_text(value: Json) -> TypeGuard[str]:
+    """Whether a value is a string of bearable length that can be printed: JSON may name half of a surrogate pair."""
+    return isinstance(value, str) and len(value) <= MAX_TEXT and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def _short(value: Json) -> str:

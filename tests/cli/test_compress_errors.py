@@ -96,7 +96,13 @@ def test_licence_that_is_a_link_out_of_the_models_folder(model_folder: Path, tex
         (("--eval-text", "{text}", "--eval-window", "500"), "--eval-window is 500, the model's context holds 160"),
         (("--eval-text", "{short}", "--eval-window", "100"), "less than one window of 100"),
         (("--calibration-tokens", "500"), "beyond the model's context"),
+        (("--seed", str(10**30)), f"at most {2**63 - 1} was expected"),
+        (("--threads", "2147483648"), "--threads is 2147483648; at most 1024 was expected"),
         (("-c", "{absent}"), "is no file"),
+        (("-c", "x" * 300), "cannot be read (File name too long); expected a .txt or .jsonl file"),
+        (("-c", "x" * 300, "--dry-run"), "cannot be read (File name too long)"),
+        (("-c", "{surrogate}"), r"line 1 holds '\ud800', which is no character"),
+        (("--eval-text", "{surrogate}"), r"line 1 holds '\ud800', which is no character"),
         (("-c", "{empty}"), "is empty; expected text"),
         (("-c", "{short}"), "8 of them held out for the perplexity"),
         (("-c", "{binary}"), "expected plain"),
@@ -108,7 +114,9 @@ def test_wrong_value(
     files = {"empty": b"", "short": b"Short.", "binary": b"\x00\xff" * 999}
     for name, content in files.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
-    paths = {name: tmp_path / f"{name}.txt" for name in (*files, "absent")} | {"text": text_file}
+    paths = {name: tmp_path / f"{name}.txt" for name in (*files, "absent")}
+    paths |= {"text": text_file, "surrogate": tmp_path / "surrogate.jsonl"}
+    paths["surrogate"].write_text(r'{"text": "\ud800 abc"}')
     filled = [argument.format(**paths) for argument in arguments]
     refused(message, tmp_path / "out", model_folder, "-c", text_file, *SMALL, *filled)
 
@@ -187,6 +195,24 @@ def test_existing_output_stays(model_folder: Path, text_file: Path, tmp_path: Pa
     refused("is not an output of compress, so --force does not", tmp_path / "out", *arguments, "--force")
 
 
+def test_model_or_text_that_is_read_is_not_replaced(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model, text = shutil.copytree(model_folder, out / "checkpoint"), shutil.copy(text_file, out)
+    (model / "plan.json").touch()
+    message = "which is read; choose another output"
+    refused(message, model, model, "-c", text_file, "--force", "--checkpoint-only")
+    for arguments in ((model, "-c", text_file), (model_folder, "-c", text), (model_folder, "--eval-text", text)):
+        refused(message, out, *arguments, "--force")
+    assert_one_line(invoke("export", model, "-o", out, "--force"), message)
+
+
+def test_folder_of_another_program_is_not_a_checkpoint(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text('{"port": 80}')
+    arguments = (model_folder, "-c", text_file, "--force", "--checkpoint-only")
+    refused("is not a pruned checkpoint, so --force does not", tmp_path / "out", *arguments)
+
+
 def test_output_below_a_file(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused("is no folder to write to", tmp_path / "file" / "out", model_folder, "-c", text_file, *SMALL)
@@ -207,8 +233,8 @@ def test_disk_that_fills_up_keeps_the_earlier_output(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting.ir, "save", full)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/report.json").write_text("{}")
+    (tmp_path / "out/checkpoint").mkdir(parents=True)
+    (tmp_path / "out/checkpoint/plan.json").write_text("{}")
     before = snapshot(tmp_path)
     outcome = invoke("compress", model_folder, "-c", text_file, "-o", tmp_path / "out", *SMALL, "-q", "--force")
     assert outcome.code == 2

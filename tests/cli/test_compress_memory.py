@@ -49,18 +49,19 @@ def test_checkpoint_only_writes_a_checkpoint_and_no_more(model_folder: Path, tex
     assert not list(output.glob("*.onnx*"))
 
 
-def test_checkpoint_only_replaces_checkpoints_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_checkpoint_only_replaces_pruned_checkpoints_alone(model_folder: Path, text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    shutil.copytree(model_folder, output)
+    assert compress(model_folder, text_file, output, "--checkpoint-only", "-q").code == 0
+    before = weights(output)
     outcome = compress(model_folder, text_file, output, "--checkpoint-only", "-q")
     assert outcome.code == 2
     assert "--force" in outcome.err
-    assert compress(model_folder, text_file, output, "--checkpoint-only", "-q", "--force").code == 0
-    assert weights(output) != weights(model_folder)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/thesis.txt").write_text("precious")
-    outcome = compress(model_folder, text_file, tmp_path / "home", "--checkpoint-only", "-q", "--force")
-    assert "is not a checkpoint folder" in outcome.err
+    assert compress(model_folder, text_file, output, "--checkpoint-only", "-q", "--force", "--ratio", 0.3).code == 0
+    assert weights(output) != before
+    dense = shutil.copytree(model_folder, tmp_path / "dense")
+    outcome = compress(model_folder, text_file, dense, "--checkpoint-only", "-q", "--force")
+    assert "is not a pruned checkpoint" in outcome.err
+    assert weights(dense) == weights(model_folder)
 
 
 @pytest.mark.parametrize(

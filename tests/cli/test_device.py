@@ -35,7 +35,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def _last_json(out: str) -> Any:
-    return json.loads(out.splitlines()[-1])
+    return json.loads(out)
 
 
 def test_run_streams_and_ends_with_json(call: Call, bundle: Path) -> None:
@@ -44,13 +44,21 @@ def test_run_streams_and_ends_with_json(call: Call, bundle: Path) -> None:
     assert code == 0
     assert (len(document["tokens"]), document["stop_reason"], document["threads"]) == (5, "length", 1)
     assert document["prompt_tokens"] == 6  # user, h, i, end, newline, assistant
-    assert out.startswith(document["text"])
+    assert err.startswith(document["text"])
     assert "5 generated" in err
+    assert call("run", bundle, "--prompt", "hi", "--max-new-tokens", 5)[1] == document["text"] + "\n"
 
 
 def test_run_reads_standard_input_and_quiet_is_quiet(call: Call, bundle: Path) -> None:
     code, out, err = call("run", bundle, "-p", "-", "--raw", "--json", "-q", "--max-new-tokens", 2, stdin="abc")
     assert (code, err, _last_json(out)["prompt_tokens"]) == (0, "", 3)
+
+
+def test_standard_input_that_is_no_text_is_one_line(call: Call, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io, "StringIO", lambda _: io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    code, out, err = call("run", bundle, "-p", "-")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "standard input is not text" in err
 
 
 def test_run_with_a_seed_repeats(call: Call, bundle: Path) -> None:
@@ -123,10 +131,16 @@ def test_bench_writes_its_report_once(call: Call, bundle: Path, tmp_path: Path) 
         (("run", "{bundle}", "-p", "x", "--variant", "int4"), "no variant 'int4'"),
         (("run", "{bundle}", "-p", "x", "--temperature", "-1"), "temperature is -1.0"),
         (("run", "{bundle}", "-p", "x", "--raw", "--system", "s"), "--raw takes none"),
+        (("run", "{bundle}", "-p", "x\udcff"), r"the prompt holds '\udcff', which is no character"),
+        (("run", "{bundle}", "-p", "x", "--system", "\udcff"), r"the system message holds '\udcff'"),
+        (("run", "{bundle}", "-p", "x", "--threads", "1099511627776"), "Invalid value for '--threads'"),
+        (("run", "a prompt in the wrong place " * 11, "-p", "x"), "is no usable path"),
         (("run", "{absent}", "-p", "x"), "is not a folder"),
         (("validate", "{absent}"), "is not a folder"),
         (("eval", "{bundle}", "--text", "{absent}"), "cannot read the text"),
+        (("validate", "{bundle}", "--threads", "2147483648"), "Invalid value for '--threads'"),
         (("bench", "{bundle}", "--memory", "lots"), "is not a size"),
+        (("bench", "{bundle}", "--memory", "9" * 400), "is not a size"),
         (("bench", "{bundle}", "--memory", "24MiB", "--rounds", "1", "--prompt-tokens", "8"), "does not run within"),
         (("bench", "{bundle}"), "lower --prompt-tokens"),
     ],

@@ -65,6 +65,7 @@ def test_json_is_one_document_with_levels_and_figures(bundle: Path) -> None:
     ("arguments", "message"),
     [
         (("nowhere",), "'nowhere' is not a folder"),
+        (("x" * 300,), "is no usable path (File name too long)"),
         (("--provider", "gpu"), "unknown provider 'gpu'"),
         (("--verify",), "--verify and --variant are about a bundle"),
         (("--variant", "int4"), "--verify and --variant are about a bundle"),

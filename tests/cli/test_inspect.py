@@ -156,6 +156,9 @@ def test_what_cannot_be_pruned_is_refused_by_name(kind: str, command: str, tmp_p
         ({"num_hidden_layers": 10**9}, "layers"),
         ({"vocab_size": 10**14}, "parameters; expected those of a real model"),
         ({"intermediate_size": "many"}, "describes no"),
+        ({"hidden_size": 0}, "hidden states have 0 numbers"),
+        ({"pad_token_id": 10**12}, "describes no"),
+        ({"dtype": []}, "describes no"),
     ],
 )
 def test_a_config_that_describes_no_model(changes: dict[str, Any], what: str, tmp_path: Path) -> None:
@@ -163,6 +166,11 @@ def test_a_config_that_describes_no_model(changes: dict[str, Any], what: str, tm
     outcome = refusal("inspect", config_only(tmp_path / "model", config), tmp_path)
     assert outcome.code == 2
     assert what in outcome.err
+
+
+def test_a_value_that_the_stand_in_refuses_is_no_error(tmp_path: Path) -> None:
+    config = toys.toy("llama").config.to_dict() | {"attention_dropout": None}
+    assert inspected(config_only(tmp_path / "model", config), *SMALL)["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("guard", ["--align", "--min-channels"])

@@ -12,12 +12,12 @@ import pytest
 from commandline import invoke
 
 from edgeprune import cli
-from edgeprune_runtime.output import atomic_folder
+from edgeprune_runtime.output import Kind, atomic_folder
 
 
 def test_being_told_to_end_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def job(**_: object) -> None:
-        with atomic_folder(tmp_path / "out", force=False, marker="marker", what="a thing"):
+        with atomic_folder(tmp_path / "out", force=False, kind=Kind("a thing", ("marker",))):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
 
@@ -70,4 +70,5 @@ def test_what_a_command_ends_with_is_the_exit_code(monkeypatch: pytest.MonkeyPat
 
     assert invoke("--version").code == 0
     monkeypatch.setattr("edgeprune_runtime.doctor.look", interrupted)
-    assert invoke("doctor").code == 130
+    done = invoke("doctor")
+    assert (done.code, done.err) == (130, "edgeprune: interrupted\n")

@@ -78,6 +78,7 @@ def test_unknown_variant_and_missing_folder_are_one_line(bundle: Path, tmp_path:
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "has no variant 'int4'; it has fp32" in done.err
     assert invoke("pack", tmp_path / "none").code == 2
+    assert invoke("pack", "x" * 300).code == 2
 
 
 def test_base_install_is_told_what_to_install(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ def test_export_says_whom_the_bundle_is_for_and_how_to_run_it(
     assert json.loads(done.out.splitlines()[-1])["target"] == target
     assert f"note: made for the target {target}: {Target.find(target).title}" in done.err
     assert f"note: verified: {Target.find(target).verified}" in done.err
-    assert f"next: edgeprune run {out}{provider} --prompt" in done.err
+    where = "Next, on the device" if provider else "Next"
+    assert f"\n{where}: edgeprune run {out}{provider} --prompt" in done.err
     checked = invoke("validate", out, "--threads", 1)  # the hint is not followed silently
     assert checked.code == 0, checked.err
 

@@ -22,7 +22,7 @@ from edgeprune.budget import (
 )
 from edgeprune.groups import Group, LayerWidths, Slot, check_keep, kept, layer_widths
 from edgeprune.pruning import RATIO_TOLERANCE, Settings, allocate, make_problem, model_groups
-from edgeprune.shrink import linear_shapes, parameters_removed
+from edgeprune.shrink import linear_shapes, parameters_removed, shrink
 from edgeprune_runtime.errors import EdgepruneError
 
 WIDE = {"hidden_size": 48, "intermediate_size": 160, "num_hidden_layers": 6, "vocab_size": 64}
@@ -178,6 +178,39 @@ def test_global_lets_no_layer_lose_more_than_its_share() -> None:
 def test_what_is_no_share_is_refused(allocation: str, argument: str) -> None:
     with pytest.raises(EdgepruneError, match=f"{allocation}:.* share"):
         Settings(0.1, allocation=f"{allocation}:{argument}").check()
+
+
+@pytest.mark.parametrize(
+    "allocation", ["uniform:mixed", "protect:1,0", "influence", "knapsack:1", "global:1", "flap:1"]
+)
+@pytest.mark.parametrize("heads", ["auto", "even"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_model_whose_layers_have_other_heads_already_is_cut_again(allocation: str, heads: Heads, share: float) -> None:
+    model, groups, _ = scored()
+    shrink(model, groups, {"layers.3.kv_heads": (0,), "layers.3.heads": (0, 1)})
+    groups, generator = model_groups(model), torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.units, generator=generator) for group in groups}
+    settings = Settings(0.1, allocation=allocation, align=1, min_channels=4, heads=heads)
+    if allocation.partition(":")[0] in ("global", "knapsack", "flap"):
+        settings = replace(settings, heads="auto")
+    problem = make_problem(model, groups, scores, settings)
+    chosen = problem.layers[1:] if allocation == "protect:1,0" else problem.layers
+    removable = sum(map(problem.removable_from, chosen)) / sum(parameter.numel() for parameter in model.parameters())
+    keep = allocate(model, groups, scores, replace(settings, ratio=share * removable), INFLUENCE)
+    check_keep(groups, keep)
+    assert abs(share_removed(model, groups, keep) - share * removable) <= RATIO_TOLERANCE
+    if share == 0.9 and allocation in ("uniform:mixed", "protect:1,0"):
+        assert all(len(kept(keep, layer.heads)) < layer.heads.units for layer in chosen)
+
+
+def test_attention_that_takes_too_much_at_once_is_cut_by_less() -> None:
+    problem = problem_of(**SMOL | {"layers": 1, "channels": 64}, remove=0, align=64, min_channels=64)
+    (layer,) = problem.layers
+    # one KV head is the cheapest step for each parameter, and takes more than shall leave
+    choices = {choice.counts: choice.parameters for choice in layer.attention_choices}
+    problem = replace(problem, remove=choices[3, 2])
+    cut = cut_cheapest(problem, lambda _, at, to: float(at[0].kv_heads == to[0].kv_heads))
+    assert cut[0][0].counts == (3, 2)
 
 
 def test_attention_choices_keep_the_best_heads_inside_the_best_kv_heads() -> None:
@@ -469,6 +502,17 @@ def test_flap_cuts_the_units_below_one_standard_score() -> None:
     assert max(goes) <= min(stays) + 0.02
     gone = parameters_kept(problem, {}) - parameters_kept(problem, keep)
     assert abs(gone - problem.remove) <= problem.channel_cost(problem.layers[0])
+
+
+def test_flap_tells_scores_apart_beside_an_outlier() -> None:
+    problem = problem_of(**SMOL | {"layers": 2}, remove=0, align=1, min_channels=1)
+    problem = replace(problem, remove=problem.removable // 4)
+    for layer in problem.layers:
+        layer.scores[layer.channels.name][7] = 1e10
+    for layer in problem.layers:
+        keep, values = flap.allocate(problem, "1"), layer.scores[layer.channels.name]
+        stays = list(kept(keep, layer.channels))
+        assert set(stays) == set(values.topk(len(stays)).indices.tolist())
 
 
 def test_flap_of_scores_that_are_all_alike_still_meets_the_ratio() -> None:

@@ -16,7 +16,7 @@ from toys import toy
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune import calibration
-from edgeprune.calibration import gather, sample, split
+from edgeprune.calibration import gather, hash_file, sample, split
 from edgeprune.precision import fastest_dtype
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -126,11 +126,12 @@ def test_too_short_text_says_what_is_held_out_of_it(write, tokenizer, model):
         ("a.txt", b"abc \xff\xfe", r"not UTF-8 text \(byte 4\)"),
         ("a.txt", b"PK\x03\x04\x00\x00", "binary data"),
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b'{"text": "a b"}\n{"text": \n', "line 2: not JSON"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("a.jsonl", b'{"text": "a b"}\n\n{"prompt": "a"}', 'line 3: expected an object with a string "text"'),
-        ("a.jsonl", b'{"text": 7}', 'line 1: expected an object with a string "text"'),
-        ("a.jsonl", b'["a"]', 'line 1: expected an object with a string "text"'),
+        ("a.jsonl", b'{"text": "a b"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "a b"}\n\n{"prompt": "a"}', 'line 3 has no string "text"; one object'),
+        ("a.jsonl", b'{"text": 7}', 'line 1 has no string "text"'),
+        ("a.jsonl", b'["a"]', 'line 1 has no string "text"'),
+        ("a.jsonl", b'{"text": "\\ud800 abc"}', r"line 1 holds '\\ud800', which is no character"),
         ("a.jsonl", b'{"text": ""}', "has 0 tokens"),
         ("a.csv", b"a b c", r"ends with '.csv'; expected .txt or .jsonl"),
     ],
@@ -145,6 +146,13 @@ def test_too_large_a_file_is_refused_before_it_is_read(write, tokenizer, model, 
     monkeypatch.setattr(calibration, "_MAX_FILE_BYTES", 10)
     with pytest.raises(EdgepruneError, match="has 19 bytes; give at most 10"):
         gather(write("a.txt", letters(10)), tokenizer, model, sequences=1, length_tokens=4)
+    with pytest.raises(EdgepruneError, match="has 19 bytes; give at most 10"):
+        hash_file(write("a.txt", letters(10)))
+
+
+def test_hash_is_of_the_file_that_a_spec_names_if_it_names_one(write):
+    assert hash_file(write("a.txt", "a b")) == hashlib.sha256(b"a b").hexdigest()
+    assert [hash_file(spec) for spec in (None, "self", "hf:wikitext")] == [None] * 3
 
 
 @pytest.mark.parametrize("spec", ["nowhere.txt", "wikitext", ""])

@@ -155,6 +155,34 @@ def test_folder_that_may_not_be_written(tmp_path: Path) -> None:
         pass
 
 
+def test_folder_of_another_is_left_alone(tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "precious.txt").touch()
+    with pytest.raises(EdgepruneError, match=r"holds precious\.txt"), open_journal(tmp_path / "out", FINGERPRINT):
+        pass
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EdgepruneError, match="is a link"), open_journal(tmp_path / "out", FINGERPRINT):
+        pass
+    assert (tmp_path / "elsewhere/precious.txt").exists()
+
+
+def test_work_whose_discarding_was_cut_off_is_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        cut_off(tmp_path / "out", KeyboardInterrupt())
+
+    def dies(_: Path) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeprune.journal._remove", dies)
+        with pytest.raises(SystemExit):
+            cut_off(tmp_path / "out", KeyboardInterrupt(), {**FINGERPRINT, "model": "another"})
+    with open_journal(tmp_path / "out", FINGERPRINT) as journal:
+        assert journal.is_empty
+
+
 def test_damaged_fingerprint_counts_as_another(tmp_path: Path) -> None:
     folder = work_folder(tmp_path / "out")
     folder.mkdir()

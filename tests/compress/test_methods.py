@@ -64,6 +64,13 @@ def test_every_kind_of_block_is_pruned_saved_and_read_back(
     assert torch.equal(load_pruned(tmp_path / "out")(tokens.ids).logits, model(tokens.ids).logits)
 
 
+def test_plan_says_where_nobody_could_judge_the_refit() -> None:
+    for sequences, refit, is_said in ((4, "least-squares", True), (8, "least-squares", False), (4, "none", False)):
+        tokens = calibration(torch.randint(3, 97, (sequences, 12), generator=torch.Generator().manual_seed(1)))
+        plan, _ = make_plan(toy("llama"), "toy", tokens, Settings(0.2, align=4, min_channels=8, refit=refit))
+        assert any("nobody judged the refit" in note for note in plan.notes) == is_said
+
+
 @torch.no_grad()
 def loss(model: Any, ids: torch.Tensor) -> float:
     return sum(float(model(rows, labels=rows).loss) for rows in ids.split(16)) / len(ids.split(16))

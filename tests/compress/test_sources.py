@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import baichuan
 import gguf
+import numpy as np
 import pytest
 import torch
 import toys
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from edgeprune import sources
+from edgeprune.checkpoint import open_decoder
 from edgeprune.configs import known_types
 from edgeprune.sources import Source, count_parameters, load, load_licences, load_tokenizer, open_source
 from edgeprune_runtime.errors import EdgepruneError
@@ -117,14 +120,69 @@ def test_damaged_gguf(content: bytes, tmp_path: Path) -> None:
     assert "as GGUF" in refusal(tmp_path / "model.gguf")
 
 
-def test_gguf_metadata_without_heads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = toys.toy("gpt2").config
-    config.n_head = 0
-    (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(sources, "_check_gguf", lambda *_: None)
-    monkeypatch.setattr(sources.AutoConfig, "from_pretrained", lambda *_, **__: config)
-    with pytest.raises(EdgepruneError, match=r"model\.gguf: it has 0 attention heads"):
-        sources.describe(str(tmp_path / "model.gguf"))
+GGUF_SIZES = {
+    "context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64,
+    "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8,
+}  # fmt: skip
+
+
+def gguf_file(file: Path, **sizes: int) -> Path:
+    """A Llama of one block as GGUF; its metadata may say other sizes than its tensors have."""
+    writer = gguf.GGUFWriter(str(file), "llama")
+    for key, size in (GGUF_SIZES | sizes).items():
+        writer.add_uint32(f"llama.{key}", size)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e"])
+    writer.add_token_scores([0.0] * 8)
+    writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
+    shapes = {
+        "token_embd": (8, 32), "output_norm": (32,), "output": (8, 32), "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.attn_norm": (32,),
+        "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64), "blk.0.ffn_norm": (32,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_gguf_loads_and_says_what_it_is(tmp_path: Path) -> None:
+    file = gguf_file(tmp_path / "model.gguf")
+    source = open_source(str(file))
+    assert (source.kind, source.model_type, source.description) == ("gguf", "llama", "model, F32 from GGUF")
+    assert load(source).config.head_dim == sources.describe(str(file)).config.head_dim == 8
+    assert load_tokenizer(source).convert_tokens_to_ids("c") == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "size"),
+    [
+        ("block_count", 0),
+        ("block_count", 2**32 - 1),
+        ("attention.head_count", 0),
+        ("attention.head_count", 2**32 - 1),
+        ("attention.head_count_kv", 0),
+        ("attention.head_count_kv", 10**6),
+        ("embedding_length", 0),
+        ("feed_forward_length", 2**32 - 1),
+    ],
+)
+def test_gguf_metadata_is_not_believed(key: str, size: int, tmp_path: Path) -> None:
+    file = gguf_file(tmp_path / "model.gguf", **{key: size})
+    assert f"says {key} {size}; expected 1 to" in refusal(file)
+    with pytest.raises(EdgepruneError, match=f"says {key} {size}"):
+        sources.describe(str(file))
+
+
+def test_gguf_heads_that_cannot_share_are_refused(tmp_path: Path) -> None:
+    file = gguf_file(tmp_path / "model.gguf", **{"attention.head_count_kv": 3})
+    with pytest.raises(EdgepruneError, match=r"model\.gguf: a layer's query heads are no multiple of its KV heads"):
+        sources.describe(str(file))
+    assert "model.gguf" in refusal(file)
 
 
 def test_smollm2_without_its_package_names_the_command(offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +225,50 @@ def test_folder_without_weights(folder: Path) -> None:
 def test_folder_without_tokenizer(folder: Path) -> None:
     with pytest.raises(EdgepruneError, match="has no tokenizer"):
         load_tokenizer(open_source(str(folder)))
+
+
+PLAIN_TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+}
+PANIC = PLAIN_TOKENIZER | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "settings"),
+    [
+        (PANIC, {}),
+        (PLAIN_TOKENIZER, []),
+        (PLAIN_TOKENIZER, {"tokenizer_class": 5}),
+        (PLAIN_TOKENIZER, {"added_tokens_decoder": 5}),
+        (PLAIN_TOKENIZER, {"auto_map": 5}),
+    ],
+)
+def test_hostile_tokenizer_is_one_line(tokenizer: dict[str, Any], settings: Any, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(EdgepruneError, match="cannot read the tokenizer of") as caught:
+        load_tokenizer(open_source(str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"max_new_tokens": -1}'])
+@pytest.mark.parametrize("read", [load, lambda source: open_decoder(source.path)], ids=["whole", "by blocks"])
+def test_generation_config_that_is_none(read: Any, content: str, folder: Path) -> None:
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(EdgepruneError, match=r"generation_config\.json") as caught:
+        read(open_source(str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "weights", [{1: torch.zeros(10**5)}, {"model.norm.weight": "a string", "x": torch.zeros(10**5)}]
+)
+def test_pickle_that_holds_no_named_tensors(weights: dict[Any, Any], folder: Path) -> None:
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "cannot load the weights" in refusal(folder)
 
 
 def test_folder_with_an_adapter(folder: Path) -> None:
@@ -241,12 +343,17 @@ def rewrite_header(file: Path, change: Any) -> None:
         lambda header: header["model.norm.weight"].update(shape=[10**12]),
         lambda header: header["model.norm.weight"].update(shape=[-48]),
         lambda header: header["model.norm.weight"].update(shape="48"),
+        lambda header: header["model.norm.weight"].update(shape=[48.0]),
+        lambda header: header["model.norm.weight"].update(shape=[True, 48]),
+        lambda header: header["model.norm.weight"].update(data_offsets=[math.inf, 5]),
         lambda header: header["model.norm.weight"].update(dtype="F31"),
         lambda header: header["model.norm.weight"].update(data_offsets=[0, 192]),
         lambda header: header["model.norm.weight"].update(data_offsets=[10**15, 10**15 + 192]),
         lambda header: header["model.norm.weight"].pop("dtype"),
         lambda header: header.pop("model.norm.weight"),
         lambda header: header.update(more=[]),
+        lambda header: header.update(__metadata__=5),
+        lambda header: header.update(__metadata__={"format": 5}),
     ],
 )
 def test_corrupted_safetensors_header(change: Any, folder: Path) -> None:

@@ -191,6 +191,18 @@ def test_dead_inputs_lose_their_weights_and_do_no_harm(text: str) -> None:
         found = method.prune(given, pattern, "in")
         assert torch.isfinite(found).all()
         assert pattern.find(found).broken == 0
+        assert method is wanda or not found[:, dead].any()
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+def test_dead_inputs_take_no_place_from_others_however_small_those_are(size: float) -> None:
+    given, pattern = evidence(rows=64), Pattern.parse("2:4")
+    alive = torch.full((COLUMNS,), size)
+    alive[::4] = 0.0
+    given = replace(given, gram=given.gram * alive * alive[:, None], input_sq_mean=given.input_sq_mean * alive**2)
+    found = alps.prune(given, pattern, "in")
+    assert not found[:, ::4].any()
+    assert lost(given, found) < lost(given, wanda.prune(given, pattern, "in"))
 
 
 def test_inputs_that_were_never_seen_leave_the_pattern_all_the_same() -> None:

@@ -154,6 +154,24 @@ def test_singular_gram_matrix_does_no_harm(tokens: int) -> None:
     assert outcome.error < missed(x, WEIGHT, SPARSE)
 
 
+@pytest.mark.parametrize("share", [2, 3, 5, 7])
+def test_inputs_that_are_zero_but_for_held_out_tokens_do_no_harm(share: int) -> None:
+    x = inputs()
+    aside = len(x) // share
+    x[aside:, [2, 5]] = 0.0
+    given = moments(x[aside:], x[:aside])
+    fitting = given.fitting()
+    assert not fitting.gram[[2, 5]].any()
+    assert not fitting.gram[:, [2, 5]].any()
+    assert not fitting.mean[[2, 5]].any()
+    expected = moments(x[aside:])
+    torch.testing.assert_close(fitting.gram, expected.gram)
+    torch.testing.assert_close(fitting.mean, expected.mean)
+    found, outcome = refit_survivors(WEIGHT, SPARSE, given)
+    assert torch.isfinite(found).all()
+    assert outcome.is_accepted
+
+
 def test_inputs_that_are_all_zero_leave_the_weights() -> None:
     for nothing in (
         moments(torch.zeros(9, COLUMNS)),

@@ -1,5 +1,6 @@
 """A safetensors file written in pieces is one that the library wrote."""
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from edgeprune.weights import SafetensorsWriter, TensorHeader, read_headers, read_tensor, tensor_files
+from edgeprune.weights import (
+    SafetensorsWriter,
+    TensorHeader,
+    read_headers,
+    read_safetensors_header,
+    read_tensor,
+    tensor_files,
+)
 from edgeprune_runtime.errors import EdgepruneError
 
 TENSORS = {
@@ -59,3 +67,12 @@ def test_tensor_that_was_read_is_no_window_into_the_file(tmp_path: Path) -> None
     assert read_tensor(tmp_path / "x", "x").sum() == 3
     with pytest.raises(EdgepruneError, match="holds no tensor 'y'"):
         read_tensor(tmp_path / "x", "y")
+
+
+def test_header_that_only_the_library_refuses_is_one_line(tmp_path: Path) -> None:
+    header = b'{"x":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % 10**30
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert read_safetensors_header(tmp_path / "x")["x"].size_bytes == 0
+    with pytest.raises(EdgepruneError, match="is truncated or corrupted: ") as error:
+        read_tensor(tmp_path / "x", "x")
+    assert "\n" not in str(error.value)

@@ -37,6 +37,12 @@ def test_no_folder_and_no_manifest_are_told_apart(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".ort", "x" * 300 + "/ort/model.ort", "x/" * 3000])
+def test_name_too_long_for_the_system_is_no_bundle(name: str) -> None:
+    with pytest.raises(EdgepruneError, match=r"is no usable path .*; give the folder of a bundle"):
+        open_bundle(name)
+
+
 @pytest.mark.parametrize("name", [GRAPH, DATA, "golden.npz", "tokenizer.json"])
 def test_missing_or_truncated_file_is_refused(folder: Path, name: str) -> None:
     path = folder / name
@@ -115,6 +121,12 @@ WRONG = [
     ("golden", "/golden.npz", "a relative path"),
     ("notes", ["why", 1], "a list of strings"),
     ("variants", {"fp32": {**VARIANT, "accuracy_level": 5}}, "whole number in 0..4"),
+    ("variants", {"fp32": {**VARIANT, "tolerance": 10**400}}, "a number of at least 0"),
+    ("variants", {"fp32": {**VARIANT, "tolerance": -1}}, "a number of at least 0"),
+    ("variants", {"\ud800": VARIANT}, "has the name '\\ud800'"),
+    ("variants", {"\x1b[2J": VARIANT}, "has the name '\\x1b[2J'"),
+    ("target", "\ud800", "a string was expected"),
+    ("notes", ["\udfff"], "a list of strings"),
 ]
 
 

@@ -17,7 +17,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert limits.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "0", "many", "1TiB", "1e9", "MiB"])
+@pytest.mark.parametrize("text", ["", "-1", "0", "many", "1TiB", "1e9", "MiB", "0.5", "2000000000GiB", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(EdgepruneError, match="is not a size"):
         limits.parse_size(text)
@@ -66,6 +66,9 @@ def test_threads_heed_quota_and_affinity(monkeypatch: pytest.MonkeyPatch) -> Non
     for quota, cpus in ((None, 4), (2.5, 3), (0.3, 1), (64.0, 4)):
         monkeypatch.setattr(limits, "cpu_quota", lambda quota=quota: quota)
         assert limits.usable_cpus() == cpus
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4096), raising=False)
+    monkeypatch.setattr(limits, "cpu_quota", lambda: None)
+    assert limits.usable_cpus() == limits.MAX_THREADS
 
 
 def test_memory_group_is_made_only_where_the_controller_is_handed_down(

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from edgeprune_runtime.errors import EdgepruneError
-from edgeprune_runtime.output import atomic_folder, check_output, check_space, remove_parts
+from edgeprune_runtime.output import Kind, atomic_folder, check_apart, check_output, check_space, remove_parts
 
 MARKER = "marker.json"
+THING = Kind("a thing", (MARKER,))
 
 
 def names(folder: Path) -> set[str]:
@@ -26,11 +27,11 @@ def earlier(folder: Path, marker: str = MARKER) -> Path:
 
 
 def atomic(out: Path, *, force: bool = True) -> contextlib.AbstractContextManager[Path]:
-    return atomic_folder(out, force=force, marker=MARKER, what="a thing")
+    return atomic_folder(out, force=force, kind=THING)
 
 
 def check(out: Path, *, force: bool = False) -> None:
-    check_output(out, force=force, marker=MARKER, what="a thing")
+    check_output(out, force=force, kind=THING)
 
 
 def test_folder_is_hidden_until_it_is_whole(tmp_path: Path) -> None:
@@ -188,8 +189,37 @@ def test_name_too_long_for_the_system_is_one_line(tmp_path: Path) -> None:
 def test_parts_of_dead_runs_are_removed_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in (".out.0123abcd.part", ".out.0123abcd.old", ".output.0123abcd.part", ".out.mine.part", "out"):
         earlier(tmp_path / name)
-    check_output(tmp_path / "out", force=True, marker=MARKER, what="a thing", is_locked=True)
+    check_output(tmp_path / "out", force=True, kind=THING, is_locked=True)
     assert not caplog.text
     remove_parts(tmp_path / "out")
     assert names(tmp_path) == {".out.0123abcd.old", ".output.0123abcd.part", ".out.mine.part", "out"}
     remove_parts(tmp_path / "absent" / "out")
+
+
+def test_folder_that_holds_more_than_its_kind_is_not_replaced(tmp_path: Path) -> None:
+    out, kind = earlier(tmp_path / "out"), Kind("a thing", (MARKER,), frozenset({MARKER, "more"}))
+    (out / "more").touch()
+    check_output(out, force=True, kind=kind)
+    (out / "thesis.txt").touch()
+    with pytest.raises(EdgepruneError, match="is not a thing"):
+        check_output(out, force=True, kind=kind)
+    check_output(out, force=True, kind=THING)
+
+
+@pytest.mark.parametrize("read", [".", "inside", "inside/file"])
+def test_what_is_read_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
+    out = tmp_path / "out"
+    (out / "inside").mkdir(parents=True)
+    (out / "inside/file").touch()
+    (tmp_path / "link").symlink_to(out)
+    for path in (out / read, tmp_path / "link" / read):
+        with pytest.raises(EdgepruneError, match=r"is or holds .*, which is read; choose another output"):
+            check_apart(out, tmp_path / "other", path)
+    monkeypatch.chdir(out)
+    check_apart(Path(), Path("self"))  # no file, but a word of --calibration
+    check_apart(out / "new", out, out / "inside")
+
+
+def test_root_is_refused_in_one_line() -> None:
+    with pytest.raises(EdgepruneError):
+        check(Path("/"))

@@ -126,9 +126,7 @@ def test_key_is_for_its_owner_alone(made: Path) -> None:
     assert mode & 0o077 == 0
 
 
-@pytest.mark.parametrize(
-    "changes", [{"graph": "other.onnx"}, {"files": {}}, {"host": {}}, {"seal": ""}, {"seal": "\ud800"}, {"more": 1}]
-)
+@pytest.mark.parametrize("changes", [{"graph": "other.onnx"}, {"files": {}}, {"host": {}}, {"seal": ""}, {"more": 1}])
 def test_record_that_was_edited_is_refused(folder: Path, changes: dict[str, Any]) -> None:
     edit_record(folder / "packed/fp32", is_sealed=False, **changes)
     assert refusal(folder) == "it was not made here by this user"

@@ -16,6 +16,7 @@ from edgeprune.cli.device import evaluate
 from edgeprune_runtime.bundle import Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.generate import Generation
+from edgeprune_runtime.limits import MAX_THREADS
 from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, PROVIDERS, Decoder, Side, make_session
 from edgeprune_runtime.tensorrt import MAX_TOKENS
 from edgeprune_runtime.validate import validate
@@ -136,6 +137,12 @@ def test_bad_tokens_are_refused(both: Decoder) -> None:
         both.prefill([[-1]])
     with pytest.raises(EdgepruneError, match="no tokens"):
         both.prefill([[]])
+
+
+@pytest.mark.parametrize("threads", [0, -1, MAX_THREADS + 1, 2**40])
+def test_number_of_threads_that_cannot_be_is_refused(both_folder: Path, threads: int) -> None:
+    with pytest.raises(EdgepruneError, match=f"threads is {threads}; 1 to {MAX_THREADS} were expected"):
+        make_session(both_folder / GRAPH, threads=threads)
 
 
 def test_provider_that_is_not_here_is_named(both_folder: Path) -> None:

@@ -39,6 +39,8 @@ def test_jsonl_rows_are_joined(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.txt", b" \n", "no text"),
         ("a.jsonl", b"{", "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b \\ud800 c"}', r"line 2 holds '\\ud800', which is no character"),
         ("a.jsonl", b'{"text": "a"}\n{"content": "b"}', 'line 2 has no string "text"'),
         ("a.jsonl", b"[1]", 'no string "text"'),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_bundle import TEMPLATE, record
@@ -10,6 +11,7 @@ from tiny_bundle import TEMPLATE, record
 from edgeprune_runtime.bundle import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.tokenizer import TextStream, Tokenizer, stream_text
+from edgeprune_runtime.untrusted import blaming
 
 TEXT = "naïve – 漢字 🙂🏽 end"
 
@@ -92,11 +94,26 @@ def test_templates_give_what_transformers_gives(tokenizer: Tokenizer, template: 
         "{% for %}",
         "{{ 1 / 0 }}",
         "{{ range(10**9) | list }}",
+        "{{ 'a' | dictsort }}",
+        "{{ 5 | xmlattr }}",
+        "{{ 'a' * 10**11 }}",
+        "{{ 10**11 * messages }}",
+        "{{ 9 ** (9 ** 9) }}",
     ],
 )
 def test_template_that_fails_or_escapes_is_one_error(tokenizer: Tokenizer, template: str) -> None:
     with pytest.raises(EdgepruneError, match="the chat template refuses"):
         _with_template(tokenizer, template).render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_products_of_bearable_size_are_made(tokenizer: Tokenizer) -> None:
+    template = "{{ '-' * 3 }}{{ 2 * [0] }}{{ 6 * 7.0 }}{{ 2 ** 10 }}{{ 4 ** 0.5 }}"
+    assert _with_template(tokenizer, template).render_chat([]) == "---[0, 0]42.010242.0"
+
+
+def test_template_that_renders_half_a_character_is_one_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(EdgepruneError, match="fails on this text"):
+        _with_template(tokenizer, "{{ '\\ud800' }}").encode_chat([])
 
 
 def test_absent_template_is_said(tokenizer: Tokenizer) -> None:
@@ -112,11 +129,51 @@ def test_template_may_stand_in_the_config(folder: Path) -> None:
         assert Tokenizer.load(open_bundle(folder)).chat_template == TEMPLATE
 
 
-def test_broken_tokenizer_is_one_error(folder: Path) -> None:
-    (folder / TOKENIZER_FILE).write_text("{}")
+def _change_tokenizer(folder: Path, **parts: Any) -> None:
+    file = folder / TOKENIZER_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
     record(folder, Manifest.load(folder))
-    with pytest.raises(EdgepruneError, match="is not a tokenizer"):
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": {}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    ],
+)
+def test_broken_tokenizer_is_one_error(folder: Path, parts: dict[str, Any]) -> None:
+    _change_tokenizer(folder, **parts)
+    with pytest.raises(EdgepruneError, match="is not a tokenizer") as error:
         Tokenizer.load(open_bundle(folder))
+    assert "\n" not in str(error.value)
+
+
+UNLISTED = [{"SpecialToken": {"id": "X", "type_id": 0}}]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": [], "unk_token": "?"}},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "^(a+)+$"}, "behavior": "Isolated", "invert": False}},
+        {"post_processor": {"type": "TemplateProcessing", "single": UNLISTED, "pair": [], "special_tokens": {}}},
+    ],
+)
+def test_tokenizer_that_fails_at_work_is_one_error(folder: Path, parts: dict[str, Any]) -> None:
+    _change_tokenizer(folder, **parts)
+    hostile = Tokenizer.load(open_bundle(folder))
+    with pytest.raises(EdgepruneError, match="tokenizer fails on this text") as error:
+        hostile.encode("a" * 40 + "!")
+    assert "\n" not in str(error.value)
+
+
+def test_interrupted_work_is_not_the_fault_of_the_data() -> None:
+    with pytest.raises(KeyboardInterrupt), blaming("the tokenizer fails", "copy it again"):
+        raise KeyboardInterrupt
 
 
 def test_template_behind_a_link_out_of_the_bundle_is_refused(folder: Path) -> None:

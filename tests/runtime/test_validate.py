@@ -127,7 +127,14 @@ def _pickled() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [_header_of((1 << 50,)), _pickled(), b"", b"no npy"])
+def _npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+HEADERS = ["{'descr': (", "{'descr': '<i8,,', 'fortran_order': False, 'shape': (1,)}", "{'descr': " + "-" * 9000]
+
+
+@pytest.mark.parametrize("content", [_header_of((1 << 50,)), _pickled(), b"", b"no npy", *map(_npy, HEADERS)])
 def test_hostile_array_is_refused_before_memory_is_taken(folder: Path, content: bytes) -> None:
     with zipfile.ZipFile(folder / GOLDEN_FILE, "w") as archive:
         for part in ("ids", "positions", "logits", "greedy"):
@@ -143,6 +150,29 @@ def test_broken_golden_file_is_one_error(folder: Path, content: bytes) -> None:
     record(folder, Manifest.load(folder))
     with pytest.raises(EdgepruneError, match="is not golden data"):
         _validate(folder)
+
+
+def _encrypted(archive: bytearray) -> None:
+    for sign, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of an entry, and of its line in the directory
+        archive[archive.find(sign) + flags] |= 1
+
+
+def _not_deflated(archive: bytearray) -> None:
+    begin = archive.find(b".npy") + len(".npy") + 20  # past the extra field of 64-bit sizes
+    archive[begin : begin + 8] = b"\xff" * 8
+
+
+@pytest.mark.parametrize("damage", [_encrypted, _not_deflated])
+def test_golden_entry_that_does_not_unpack_is_one_error(folder: Path, damage: Callable[[bytearray], None]) -> None:
+    cases = {f"{part}_0": np.arange(4) for part in ("ids", "positions", "logits", "greedy")}
+    np.savez_compressed(folder / GOLDEN_FILE, **cases)
+    archive = bytearray((folder / GOLDEN_FILE).read_bytes())
+    damage(archive)
+    (folder / GOLDEN_FILE).write_bytes(archive)
+    record(folder, Manifest.load(folder))
+    with pytest.raises(EdgepruneError, match="is not golden data") as error:
+        _validate(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_no_golden_case_is_not_a_pass(folder: Path) -> None:
