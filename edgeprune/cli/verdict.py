@@ -10,13 +10,21 @@ from edgeprune.plan import PrunePlan, SparsityRecord
 from edgeprune.presets import Preset
 from edgeprune.recover import Recovery
 from edgeprune.refit import Outcome
-from edgeprune_runtime.bench import CONFIDENCE, DEFINITIONS, MIN_ROUNDS_FOR_VERDICT, PEAK_MEMORY, BenchResult, Ratio
+from edgeprune_runtime.bench import (
+    CONFIDENCE,
+    DEFINITIONS,
+    LABELS,
+    MEGABYTE,
+    MIN_ROUNDS_FOR_VERDICT,
+    PEAK_MEMORY,
+    BenchResult,
+    Ratio,
+)
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.perplexity import Perplexity
 from edgeprune_runtime.report import Cell, Report, Table, Verdict, format_bytes
 
 FLOAT32_BYTES = 4
-MEGABYTE = 1e6
 REFIT_TABLE, SPARSE_REFIT_TABLE = "What the refit did", "What the refit of the sparse Linears did"
 RECOVER_TABLE = "What the recovery did"
 REFIT_DATA = {REFIT_TABLE: "refit", RECOVER_TABLE: "recover", SPARSE_REFIT_TABLE: "sparse_refit"}
@@ -28,17 +36,11 @@ ZEROS_AND_SPEED = (
     "ONNX Runtime's CPU kernels multiply by zeros as by other numbers: zeros alone win no time and no memory there, "
     "only bytes of what is compressed; sparse tensor cores (TensorRT, provider tensorrt) can use 2:4 along inputs"
 )
-MEASURED = {
-    "ttft_ms": ("time to first token (ttft), ms", 1.0),
-    "tpot_ms": ("time per output token (tpot), ms", 1.0),
-    "tpot_p95_ms": ("tpot, 95th percentile, ms", 1.0),
-    "prefill_tokens_per_s": ("prefill, tokens/s", 1.0),
-    "decode_tokens_per_s": ("decode, tokens/s", 1.0),
-    "load_ms": ("load, ms", 1.0),
-    "load_peak_rss_bytes": ("peak memory (RSS) once loaded, MB", MEGABYTE),
-    "peak_rss_bytes": ("peak memory (RSS) in all, MB", MEGABYTE),
-}
-"""Figure of the benchmark -> what a person reads of it, and the unit that it is divided by."""
+MEASURED = (
+    *("ttft_ms", "tpot_ms", "tpot_p95_ms", "prefill_tokens_per_s", "decode_tokens_per_s", "load_ms"),
+    *("load_peak_rss_bytes", "peak_rss_bytes"),
+)
+"""Figures of the benchmark that the report shows, in order."""
 
 
 @dataclass(frozen=True)
@@ -231,13 +233,13 @@ def verdict_report(
             _row("bundle, MB", first[0].size_bytes if first else None, last.size_bytes, MEGABYTE),
             *([_row("bundle, compressed by zstd, MB", *compressed_bytes, MEGABYTE)] if compressed_bytes else []),
             _row("perplexity", a.perplexity, b.perplexity),
-            *(_row(label, dense[name], pruned[name], unit) for name, (label, unit) in MEASURED.items()),
+            *(_row(LABELS[name][0], dense[name], pruned[name], LABELS[name][1]) for name in MEASURED),
         ),
         notes=(
             f"perplexity: {text}; {a.joining}; {a.windows} x {a.window_tokens} tokens, {a.scored_tokens} scored",
-            f"latency: prompt {measured.prompt_tokens}, generate {measured.generate_tokens} tokens, {measured.threads} "
-            f"threads, provider {measured.provider}, {len(last.rounds)} rounds in turns, each a "
-            f"fresh process" + limit + variant,
+            f"latency: prompt {measured.prompt_tokens}, generate {measured.generate_tokens} tokens, threads "
+            f"{measured.threads}, provider {measured.provider}, rounds {len(last.rounds)}, in turns, each in a fresh "
+            f"process{limit}{variant}",
             "the columns are each side's medians over its rounds; the verdicts compare the sides within each round, as "
             "a machine's pace changes from one to the next, so that the two may differ",
         ),
@@ -249,7 +251,7 @@ def verdict_report(
     meanings = Table(
         "Definitions",
         ("figure", "meaning"),
-        tuple((label, DEFINITIONS[name]) for name, (label, _) in MEASURED.items() if name in DEFINITIONS),
+        tuple((LABELS[name][0], DEFINITIONS[name]) for name in MEASURED if name in DEFINITIONS),
     )
     data = {
         "plan": plan.summary(),

@@ -25,6 +25,22 @@ from edgeprune_runtime.report import Cell, Report, Table, Verdict, format_bytes
 from edgeprune_runtime.session import OutOfMemoryError, provider_name
 from edgeprune_runtime.worker import Request, Round
 
+MEGABYTE = 1e6
+LABELS = {
+    "load_ms": ("load, ms", 1.0),
+    "ttft_ms": ("time to first token (ttft), ms", 1.0),
+    "ttft_p95_ms": ("ttft, 95th percentile, ms", 1.0),
+    "tpot_ms": ("time per output token (tpot), ms", 1.0),
+    "tpot_p95_ms": ("tpot, 95th percentile, ms", 1.0),
+    "prefill_tokens_per_s": ("prefill, tokens/s", 1.0),
+    "decode_tokens_per_s": ("decode, tokens/s", 1.0),
+    "load_peak_rss_bytes": ("peak memory (RSS) once loaded, MB", MEGABYTE),
+    "load_own_rss_bytes": ("memory of its own once loaded, MB", MEGABYTE),
+    "peak_rss_bytes": ("peak memory (RSS) in all, MB", MEGABYTE),
+    "cpu_ms": ("processor time of a request, ms", 1.0),
+}
+"""Figure -> what a person reads of it, and the unit that it is divided by."""
+
 DEFINITIONS = {
     "load_ms": "making the ONNX Runtime session in a fresh process; the files may be in the page cache",
     "ttft_ms": "time to first token: from the prompt's token ids to the first generated id (prefill, greedy choice)",
@@ -37,8 +53,8 @@ DEFINITIONS = {
     "back, as it can pages of a mapped file",
     "peak_rss_bytes": "largest resident set of the process over its whole life (VmHWM)",
     "cpu_ms": "processor time of the measured request, all threads together",
-    "ratio, low, high": "geometric mean over the rounds of A's figure / B's of the same round, and its 95 % interval: "
-    "Student's t on the logarithms",
+    "ratio, low, high": "geometric mean over the rounds of A's time or memory / B's in the same round, and its 95 % "
+    "interval: Student's t on the logarithms",
 }
 """What each figure means; printed with every report. Tokenizing is in none of them."""
 
@@ -251,7 +267,7 @@ def _run_worker(request: Request) -> Round:
             f"{request.bundle} took more than {_WORKER_TIMEOUT_S:.0f} s for one round; ask for fewer tokens"
         ) from error
     if done.returncode:
-        tail = " ".join(done.stderr.split())[-_STDERR_TAIL:]
+        tail = (done.stderr.strip().splitlines() or [""])[-1][:_STDERR_TAIL]
         if request.memory_bytes is not None:
             # Under a limit anything may be the first to find no memory: the loader, a thread's stack, the allocator.
             raise _exceeded(request, f"its process ended with {done.returncode}{f': {tail}' if tail else ''}")
@@ -292,9 +308,11 @@ def report_bench(result: BenchResult) -> Report:
     )
     rows: list[tuple[Cell, ...]] = [
         ("parameters", *(side.parameters for side in result.sides)),
-        ("size_bytes", *(side.size_bytes for side in result.sides)),
+        ("bundle, MB", *(side.size_bytes / MEGABYTE for side in result.sides)),
     ]
-    rows += [(name, *(side[name] for side in figures)) for name in figures[0]]
+    for name, (label, unit) in LABELS.items():
+        found = [side[name] for side in figures]
+        rows.append((label, *(None if figure is None else figure / unit for figure in found)))
     limit = (
         f"memory limit {format_bytes(result.memory_bytes)} ({result.enforcement})"
         if result.memory_bytes
@@ -320,7 +338,8 @@ def report_bench(result: BenchResult) -> Report:
                 bars=("ratio",),
             )
         )
-    tables.append(Table("Definitions", ("figure", "meaning"), tuple(DEFINITIONS.items())))
+    meanings = [(LABELS[name][0] if name in LABELS else name, meaning) for name, meaning in DEFINITIONS.items()]
+    tables.append(Table("Definitions", ("figure", "meaning"), tuple(meanings if result.ratios else meanings[:-1])))
     verdicts = tuple(Verdict(ratio.verdict) for ratio in result.ratios)
     return Report("edgeprune bench", result.machine, tuple(tables), verdicts, {"bench": result.to_dict()})
 

@@ -40,8 +40,8 @@ def test_two_bundles_take_turns_in_fresh_processes(both_folder: Path, right_fold
     peak, load_peak = figures["peak_rss_bytes"], figures["load_peak_rss_bytes"]
     assert peak is None or load_peak is None or peak >= load_peak > 0
     report = report_bench(result).to_markdown()
-    assert "ttft_ms" in report
-    assert "time to first token" in report
+    assert "time to first token (ttft), ms" in report
+    assert "from the prompt's token ids" in report
     assert set(result.sides[0].rounds[0].nodes_by_provider) == {"CPUExecutionProvider"}
     assert all("undecided" in ratio.verdict for ratio in result.ratios)
 
