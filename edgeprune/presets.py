@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Preset] = {
         "the best scores and the best rule for widths, every MLP is reconstructed for longer and on more text",
         method="fisher",
         allocation="judged:obs",
-        refit="reconstruct:5",
+        refit="reconstruct:8",
         calibration_sequences=256,
         calibration_tokens=512,
         gradient_sequences=224,
