@@ -100,7 +100,7 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is complete.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON document.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")] = False,
 ) -> None:
     """Export a checkpoint to an ONNX bundle. Exit code 1, and no bundle, if it does not compute what torch computes."""
