@@ -97,11 +97,12 @@ def run(
             yield token
 
     pieces = []
+    is_shown = not (as_json and quiet)
     for piece in stream_text(tokenizer, timed()):
         pieces.append(piece)
-        if not (as_json and quiet):
+        if is_shown:
             typer.echo(piece, nl=False, err=as_json)
-    if not (as_json and quiet):
+    if is_shown:
         typer.echo(err=as_json)
     steps = [(after - before) * 1e3 for before, after in itertools.pairwise(arrivals)]
     ttft_ms = steps[0] if steps else None
@@ -149,7 +150,7 @@ def validate(
         result = validation.validate(
             bundle, provider=provider, threads=threads, on_check=lambda check: update(f"checked {check.name}")
         )
-    _show(validation.report_validation(result), as_json=as_json, quiet=quiet)
+    show_report(validation.report_validation(result), as_json=as_json, quiet=quiet)
     result.ensure_passed()
 
 
@@ -202,7 +203,7 @@ def evaluate(
             progress=advance,
         )
     report = report_perplexity(result, bundle=str(folder), variant=bundle.variant_name, source=source.source)
-    _show(report, as_json=as_json, quiet=quiet)
+    show_report(report, as_json=as_json, quiet=quiet)
 
 
 @app.command(rich_help_panel="On the device")
@@ -256,7 +257,7 @@ def bench(
     report = benchmark.report_bench(result)
     if output is not None:
         _save_report(report, output, force=force)
-    _show(report, as_json=as_json, quiet=quiet)
+    show_report(report, as_json=as_json, quiet=quiet)
 
 
 def _read_input() -> str:
@@ -276,7 +277,7 @@ def _say_packed(bundle: "Bundle", provider: str, quiet: bool) -> None:
         typer.echo(packed.sentence(bundle.variant_name), err=True)
 
 
-def _show(report: "Report", *, as_json: bool, quiet: bool) -> None:
+def show_report(report: "Report", *, as_json: bool, quiet: bool) -> None:
     """A report as tables on stdout; with --json as one document there, and as tables on stderr."""
     from rich.console import Console
 

@@ -1,13 +1,12 @@
 """`edgeprune pack`: a copy of a variant whose weights this machine maps as they are, and what that saves."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgeprune.cli import app
-from edgeprune.cli.device import AsJson, Quiet, Threads, Variant
+from edgeprune.cli.device import AsJson, Quiet, Threads, Variant, show_report
 from edgeprune.cli.extras import need
 from edgeprune.cli.hints import PROMPT, say_next
 
@@ -47,10 +46,7 @@ def pack(
     if not quiet:
         typer.echo(f"wrote {copy.folder}, which this machine now runs {bundle.variant_name} from", err=True)
         say_next(("run", folder, "--variant", bundle.variant_name, *PROMPT))
-    report = _report(bundle, copy, plain, packed, rounds)
-    report.print(Console(stderr=as_json, quiet=as_json and quiet))
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), allow_nan=False))
+    show_report(_report(bundle, copy, plain, packed, rounds), as_json=as_json, quiet=quiet)
 
 
 def _report(bundle: "Bundle", copy: "PackedCopy", plain: "Load", packed: "Load", rounds: int) -> "Report":

@@ -31,7 +31,6 @@ from edgeprune_runtime.output import atomic_folder, check_output, check_space
 from edgeprune_runtime.packed import (
     PACKED,
     PROVIDER,
-    RECORD_FILE,
     PackedCopy,
     find_packed,
     packed_folder,
@@ -96,7 +95,7 @@ def pack(bundle: Bundle, *, say: Say = lambda what: None) -> PackedCopy:
         raise EdgepruneError(f"{bundle.path} is in the ORT format, which holds no packed weights; give the folder")
     folder = packed_folder(bundle)
     # Its own words, as nobody asked for --force.
-    if folder.exists() and not (folder / RECORD_FILE).is_file():
+    if folder.exists() and not PACKED.includes(folder):
         raise EdgepruneError(f"{folder} is not {PACKED.what} and is in its place; move it away")
     check_output(folder, force=True, kind=PACKED)
     try:

@@ -41,6 +41,7 @@ LABELS = {
 }
 """Figure -> what a person reads of it, and the unit that it is divided by."""
 
+RATIO = "ratio, low, high"
 DEFINITIONS = {
     "load_ms": "making the ONNX Runtime session in a fresh process; the files may be in the page cache",
     "ttft_ms": "time to first token: from the prompt's token ids to the first generated id (prefill, greedy choice)",
@@ -53,7 +54,7 @@ DEFINITIONS = {
     "back, as it can pages of a mapped file",
     "peak_rss_bytes": "largest resident set of the process over its whole life (VmHWM)",
     "cpu_ms": "processor time of the measured request, all threads together",
-    "ratio, low, high": "geometric mean over the rounds of A's time or memory / B's in the same round, and its 95 % "
+    RATIO: "geometric mean over the rounds of A's time or memory / B's in the same round, and its 95 % "
     "interval: Student's t on the logarithms",
 }
 """What each figure means; printed with every report. Tokenizing is in none of them."""
@@ -338,8 +339,10 @@ def report_bench(result: BenchResult) -> Report:
                 bars=("ratio",),
             )
         )
-    meanings = [(LABELS[name][0] if name in LABELS else name, meaning) for name, meaning in DEFINITIONS.items()]
-    tables.append(Table("Definitions", ("figure", "meaning"), tuple(meanings if result.ratios else meanings[:-1])))
+    meanings = [(LABELS[name][0], meaning) for name, meaning in DEFINITIONS.items() if name in LABELS]
+    if result.ratios:
+        meanings.append((RATIO, DEFINITIONS[RATIO]))
+    tables.append(Table("Definitions", ("figure", "meaning"), tuple(meanings)))
     verdicts = tuple(Verdict(ratio.verdict) for ratio in result.ratios)
     return Report("edgeprune bench", result.machine, tuple(tables), verdicts, {"bench": result.to_dict()})
 
