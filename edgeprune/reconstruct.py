@@ -107,8 +107,7 @@ class Paths:
         self._name = name
         self._passes = passes
         self._keeps_zeros = keeps_zeros
-        judged = min(len(held_out(ids)), -(-JUDGED_TOKENS // ids.shape[1]))
-        self._fitting = len(ids) - judged
+        self._fitting = fitted_sequences(ids)
         step = max(1, step_tokens // ids.shape[1])
         self._steps = [slice(first, min(first + step, len(ids))) for first in range(0, len(ids), step)]
         self._pass = Pass(decoder, ids, dtype)
@@ -339,6 +338,11 @@ class _Missed:
     def _share(self, sums: torch.Tensor) -> float:
         missed, scale = sums.tolist()
         return float(missed / max(scale, torch.finfo(torch.float64).tiny))
+
+
+def fitted_sequences(ids: torch.Tensor) -> int:
+    """How many of the sequences `(N, T)` are fitted: all but the last ones, which judge (`JUDGED_TOKENS`)."""
+    return len(ids) - min(len(held_out(ids)), -(-JUDGED_TOKENS // ids.shape[1]))
 
 
 def altered(ids: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ set; here the dense model is the only teacher, as in the refit "reconstruct", an
 that refit gradients pass through all blocks, so that the whole cut model is in memory, in float32. Of the activations
 autograd keeps what enters each block, and logits come a piece at a time.
 
-The sequences kept aside judge: where their divergence does not fall, the model stays as it was cut and refitted.
+The sequences that judge a reconstruction judge here too, as no refit has fitted them: where their divergence does not
+fall, the model stays as it was cut and refitted.
 
 The journal remembers
 
@@ -39,10 +40,10 @@ from transformers.pytorch_utils import Conv1D
 from edgeprune.aims import Divergence
 from edgeprune.calibration import Calibration
 from edgeprune.journal import Entry, Journal, Rows
-from edgeprune.reconstruct import SEED, STEP_TOKENS, Paths, rate_share
+from edgeprune.reconstruct import SEED, STEP_TOKENS, Paths, fitted_sequences, rate_share
 from edgeprune.refit import MOST_PASSES, read_passes
 from edgeprune.shrink import Linear
-from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, Progress, held_out
+from edgeprune.statistics import BATCH_TOKENS, HELD_OUT_EVERY, Progress
 from edgeprune.streaming import Decoder, Pass, return_freed_memory
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -194,7 +195,7 @@ class _Student:
 
     def __init__(self, decoder: Decoder, ids: torch.Tensor, dtype: torch.dtype, teacher: Rows) -> None:
         self.blocks = nn.ModuleList(_copies(decoder))
-        self.fitting = len(ids) - len(held_out(ids))
+        self.fitting = fitted_sequences(ids)
         self.length_tokens = ids.shape[1]
         self._decoder = decoder
         self._ids = ids

@@ -17,9 +17,9 @@ FLAP's bias (arXiv 2312.11983) is the case W_S* = W_S. A model carries intercept
 gives biases to its Linears (`carry_intercepts`).
 
 The calibration tokens kept aside judge: lam is the one of `RIDGES` that misses least of their outputs, and the update
-is accepted only if it misses less of them than the plain cut does. An accepted update is then fitted on all tokens, also where a
-reconstruction follows that the same tokens judge: without them its start, and in the end the model, was worse
-(stories260K, 16 and 64 sequences: 0.1 to 0.8 % more perplexity at 50 %).
+is accepted only if it misses less of them than the plain cut does. An accepted update is then fitted on all tokens,
+also where a reconstruction follows that the same tokens judge: without them its start, and in the end the model, was
+worse (stories260K, 16 and 64 sequences: 0.1 to 0.8 % more perplexity at 50 %).
 """
 
 import math

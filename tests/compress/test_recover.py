@@ -110,6 +110,19 @@ def test_every_family_comes_nearer_to_the_dense_model_by_its_linears_alone(
     assert {key for key, value in model.state_dict().items() if not torch.equal(value, stayed[key])} == linears
 
 
+def test_what_a_reconstruction_has_fitted_does_not_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sequences kept aside one holds enough tokens to judge; a reconstruction fits the other one too."""
+    dense, tokens = toy("llama"), calibration()
+    monkeypatch.setattr("edgeprune.reconstruct.JUDGED_TOKENS", tokens.ids.shape[1])
+    model, cut = copy.deepcopy(dense), copy.deepcopy(dense)
+    plan, stats = planned(dense, tokens)
+    apply_plan(cut, plan, stats.moments)
+    found = recovered(model, tokens, passes=1)
+    with torch.no_grad():
+        before = float(divergence(dense, cut, tokens.ids[15:]))
+    assert found.divergence_before == pytest.approx(before, rel=1e-3)
+
+
 def test_what_does_not_help_on_the_sequences_kept_aside_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for rate in (50.0, 1e30):
         monkeypatch.setattr(recovering, "LEARNING_RATE", rate)
