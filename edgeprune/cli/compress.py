@@ -38,7 +38,7 @@ from edgeprune.cli.options import (
     settings_of,
     sparsity_of,
 )
-from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric
+from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric, TableBits
 from edgeprune.presets import DEFAULT_PRESET, PRESETS
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ def compress(
     block_size: BlockSize = None,
     symmetric: Symmetric = None,
     accuracy_level: AccuracyLevel = None,
+    table_bits: TableBits = None,
     eval_text: Annotated[
         Path | None,
         typer.Option(
@@ -345,6 +346,7 @@ def compress(
         block_size=block_size,
         symmetric=symmetric,
         accuracy_level=accuracy_level,
+        table_bits=table_bits,
         eval_text=eval_text,
         eval_rows_joined=eval_rows_joined,
         eval_window=eval_window,
@@ -428,6 +430,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
         "block_size": options.block_size,
         "is_symmetric": options.symmetric,
         "accuracy_level": options.accuracy_level,
+        "table_bits": options.table_bits,
     }
     check_names(options.target, options.precision, **details)
     check_measuring(options)

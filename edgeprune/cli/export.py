@@ -12,7 +12,7 @@ from edgeprune.cli import app
 from edgeprune.cli.extras import need
 from edgeprune.cli.hints import PROMPT, say_next
 from edgeprune.cli.options import GRAPH_SOURCE_HELP, TARGET_HELP
-from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric
+from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric, TableBits
 
 if TYPE_CHECKING:
     from edgeprune.cli.stages import Stages
@@ -42,6 +42,7 @@ def export(
     block_size: BlockSize = None,
     symmetric: Symmetric = None,
     accuracy_level: AccuracyLevel = None,
+    table_bits: TableBits = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -132,6 +133,7 @@ def export(
         block_size=block_size,
         is_symmetric=symmetric,
         accuracy_level=accuracy_level,
+        table_bits=table_bits,
     )
     precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement, max_greedy_flips)
     if calibration is not None and not any(each.is_data_aware for each in precisions):

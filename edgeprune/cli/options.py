@@ -65,6 +65,7 @@ class Options:
     block_size: int | None
     symmetric: bool | None
     accuracy_level: int | None
+    table_bits: int | None
     eval_text: Path | None
     eval_rows_joined: bool
     eval_window: int | None

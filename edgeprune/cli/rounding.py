@@ -8,6 +8,13 @@ BlockSize = Annotated[
     int | None,
     typer.Option(help="Inputs that share a scale, of int8 and int4; default: 32.", show_default=False),
 ]
+TableBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Of the embedding and the head in int4: 8, or 4, which is smaller and faster and loses more; default: 8.",
+        show_default=False,
+    ),
+]
 Symmetric = Annotated[
     bool | None,
     typer.Option(

@@ -31,6 +31,8 @@ ROUNDED_INPUTS = 4
 ACCURACY_LEVELS = (0, 1, ROUNDED_INPUTS)
 """MatMulNBits on the CPU: 0 and 1 multiply in float32, 4 rounds the inputs to 8 bits, which is faster."""
 
+TABLE_BITS = (4, 8)
+
 HALF_BITS = 16
 
 FLOAT_TOLERANCES = 1e-3, 1e-5
@@ -61,7 +63,7 @@ class Precision:
         bits: of a stored number; 32 and 16 are floats, which have no blocks.
         block_size: inputs that share a scale; `WHOLE_ROW`: all of a row.
         is_symmetric: whether the zero point is the middle of the range.
-        table_bits: of the embedding and the head, which feel rounding most; None: `bits`.
+        table_bits: of the embedding and the head, which feel rounding most, one of `TABLE_BITS`; None: `bits`.
         accuracy_level: of `MatMulNBits`, one of `ACCURACY_LEVELS`; products with whole rows always round their inputs.
         max_perplexity_ratio: to the float32 model, on the parity text; a variant above it is not written.
         min_argmax_agreement: share of positions with the float32 model's likeliest token; likewise.
@@ -151,6 +153,17 @@ class Precision:
         if self.accuracy_level not in ACCURACY_LEVELS:
             levels = ", ".join(map(str, ACCURACY_LEVELS))
             raise EdgepruneError(f"--accuracy-level is {self.accuracy_level}; expected one of {levels}")
+        if self.table_bits not in (None, *TABLE_BITS):
+            widths = " or ".join(map(str, TABLE_BITS))
+            raise EdgepruneError(f"--table-bits is {self.table_bits}; expected {widths}")
+
+    def takes(self, detail: str) -> bool:
+        """Whether a user may choose this field, one of `DETAILS`."""
+        return self.table_bits is not None if detail == "table_bits" else self.has_blocks
+
+
+DETAILS = ("block_size", "is_symmetric", "accuracy_level", "table_bits")
+"""Fields that a user may choose of the precisions that take them."""
 
 
 FLOAT32 = Precision("fp32")
@@ -177,13 +190,18 @@ float32 at every call on x86-64, which takes ten times as long for one token as 
 
 
 def parse_precisions(
-    text: str, *, block_size: int | None = None, is_symmetric: bool | None = None, accuracy_level: int | None = None
+    text: str,
+    *,
+    block_size: int | None = None,
+    is_symmetric: bool | None = None,
+    accuracy_level: int | None = None,
+    table_bits: int | None = None,
 ) -> tuple[Precision, ...]:
     """The precisions of a text such as "fp32,int4", with what the user has chosen of their details.
 
     Raises:
         EdgepruneError: if one is unknown or named twice, or a detail is one that ONNX Runtime does not take, or that
-            none of them has.
+            none of them takes.
     """
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -191,16 +209,23 @@ def parse_precisions(
             raise EdgepruneError(f"unknown precision {name!r}; expected {', '.join(PRECISIONS)}, joined by commas")
         if names.count(name) > 1:
             raise EdgepruneError(f"precision {name!r} is named twice; expected each of {', '.join(PRECISIONS)} once")
-    given = {"block_size": block_size, "is_symmetric": is_symmetric, "accuracy_level": accuracy_level}
-    details: dict[str, Any] = {detail: value for detail, value in given.items() if value is not None}
-    if details and not any(PRECISIONS[name].has_blocks for name in names):
-        takers = " or ".join(name for name, precision in PRECISIONS.items() if precision.has_blocks)
+    values = (block_size, is_symmetric, accuracy_level, table_bits)
+    details: dict[str, Any] = {
+        detail: value for detail, value in zip(DETAILS, values, strict=True) if value is not None
+    }
+    chosen = [PRECISIONS[name] for name in names]
+    useless = {
+        detail: value for detail, value in details.items() if not any(precision.takes(detail) for precision in chosen)
+    }
+    if useless:
+        takers = [name for name, precision in PRECISIONS.items() if all(map(precision.takes, useless))]
         raise EdgepruneError(
-            f"{as_options(details)} would change nothing of {', '.join(names)}, which has no blocks of a size to "
-            f"choose; leave it out, or name {takers} in --precision"
+            f"{as_options(useless)} would change nothing of {', '.join(names)}; leave it out, or name "
+            f"{' or '.join(takers)} in --precision"
         )
     found = tuple(
-        replace(PRECISIONS[name], **details) if PRECISIONS[name].has_blocks else PRECISIONS[name] for name in names
+        replace(precision, **{detail: value for detail, value in details.items() if precision.takes(detail)})
+        for precision in chosen
     )
     for precision in found:
         precision.check()

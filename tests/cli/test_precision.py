@@ -72,13 +72,28 @@ def test_compress_rounds_the_pruned_model_as_the_user_says(wide: Path, text_file
         assert node.inputs[3] is not None, "blocks that are not symmetric have zero points"
 
 
+def test_tables_have_as_many_bits_as_the_user_says(wide: Path, tmp_path: Path) -> None:
+    gates = ("--max-perplexity-ratio", 9, "--min-agreement", 0)
+    lost = {}
+    for bits in (8, 4):
+        out = tmp_path / f"bundle-{bits}"
+        done = invoke("export", wide, "-o", out, "--precision", "int4", "--table-bits", bits, *gates)
+        assert done.code == 0, done.err
+        (table,) = [
+            node for node in ir.load(open_bundle(out).graph_path).graph if node.op_type == "GatherBlockQuantized"
+        ]
+        assert table.attributes["bits"].as_int() == bits
+        lost[bits] = open_bundle(out).manifest.variants["int4"].fidelity["mean_kl"]
+    assert lost[4] > lost[8]
+
+
 def test_rounding_options_are_the_same_in_export_and_compress() -> None:
     def said(command: str, option: str) -> Any:
         params = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
         (found,) = [param for param in params if param.name == option]
         return found.opts, found.secondary_opts, found.default, found.help
 
-    for option in ("block_size", "symmetric", "accuracy_level"):
+    for option in ("block_size", "symmetric", "accuracy_level", "table_bits"):
         assert said("compress", option) == said("export", option)
 
 
@@ -153,8 +168,10 @@ def test_what_cannot_be_written_is_refused_early(
     [
         (("--precision", "int4", "--block-size", 24), "--block-size is 24; expected one of 16, 32"),
         (("--precision", "int8", "--accuracy-level", 3), "--accuracy-level is 3; expected one of 0, 1, 4"),
-        (("--block-size", 64), "--block-size 64 would change nothing of fp32, which has no blocks"),
+        (("--block-size", 64), "--block-size 64 would change nothing of fp32; leave it out"),
         (("--target", "wasm", "--symmetric"), "--symmetric would change nothing of int8-dynamic"),
+        (("--precision", "int4", "--table-bits", 2), "--table-bits is 2; expected 4 or 8"),
+        (("--target", "cpu", "--table-bits", 4), "--table-bits 4 would change nothing of int8; leave it out"),
         (("--precision", ""), "unknown precision ''"),
     ],
 )

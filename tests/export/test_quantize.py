@@ -12,6 +12,7 @@ import torch
 from exported import pruned
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeprune.checkpoint import load_pruned
 from edgeprune_export.exporting import export
 from edgeprune_export.fidelity import Fidelity, judge
 from edgeprune_export.proving import TWIN_FILE
@@ -122,6 +123,27 @@ def test_variants_of_one_folder_are_valid_and_smaller(name: str, tmp_path: Path)
     assert levels == {"fp32": None, "int8": 0, "int4": 0}
     fidelity = {variant: manifest.variants[variant].fidelity for variant in ("int8", "int4")}
     assert fidelity["int8"]["mean_kl"] < fidelity["int4"]["mean_kl"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha"])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_tables_of_four_bits_take_half_of_the_room(name: str, is_symmetric: bool, tmp_path: Path) -> None:
+    """Of a model that ties both tables, and of one that does not."""
+    pruned(tmp_path / "model", name, head_dim=16)
+    sizes = {}
+    for bits in (8, 4):
+        precision = replace(INT4, table_bits=bits, is_symmetric=is_symmetric)
+        export(tmp_path / "model", tmp_path / f"{bits}", precisions=(precision,))
+        bundle = open_bundle(tmp_path / f"{bits}", verify=True)
+        assert validate(bundle, threads=1).passed
+        nodes = {node.op_type: node for node in ir.load(bundle.graph_path).graph}
+        assert nodes["GatherBlockQuantized"].attributes["bits"].as_int() == bits
+        assert nodes["MatMulNBits"].attributes["bits"].as_int() == bits, "the head is the last product"
+        sizes[bits] = stored_bytes(bundle.graph_path)
+    config = load_pruned(tmp_path / "model").config
+    rows, blocks = config.vocab_size * (1 if config.tie_word_embeddings else 2), config.hidden_size // 16
+    points = 0 if is_symmetric else math.ceil(blocks / 2)  # two in a byte, and none in that of another row
+    assert sizes[8] - sizes[4] == rows * (config.hidden_size // 2 - points)
 
 
 def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
@@ -269,13 +291,13 @@ def test_a_graph_that_rounds_otherwise_than_its_torch_model_is_not_written(
         ("", {}, "unknown precision ''"),
         ("int4", {"block_size": 24}, "--block-size is 24; expected one of 16"),
         ("int4", {"accuracy_level": 3}, "--accuracy-level is 3; expected one of 0"),
-        (
-            "fp32",
-            {"block_size": 64},
-            "--block-size 64 would change nothing of fp32, .*name int8 or int4 in --precision",
-        ),
+        ("fp32", {"block_size": 64}, "--block-size 64 would change nothing of fp32; .* name int8 or int4 in"),
         ("fp32,fp16", {"is_symmetric": True}, "--symmetric would change nothing of fp32, fp16"),
         ("int8-dynamic", {"accuracy_level": 0}, "--accuracy-level 0 would change nothing of int8-dynamic"),
+        ("int4", {"table_bits": 6}, "--table-bits is 6; expected 4 or 8"),
+        ("fp32,int8", {"table_bits": 4}, "--table-bits 4 would change nothing of fp32, int8; .* name int4 in"),
+        ("int8", {"table_bits": 4, "block_size": 64}, "--table-bits 4 would change nothing of int8; .* name int4 in"),
+        ("fp32", {"table_bits": 4, "block_size": 64}, "--block-size 64, --table-bits 4 would .* name int4 in"),
         ("fp16", {"block_size": 64, "is_symmetric": False}, "--block-size 64, --asymmetric would change nothing"),
     ],
 )
@@ -305,6 +327,8 @@ def test_details_reach_the_rounded_precisions_alone() -> None:
     plain, int4 = parse_precisions("fp32, int4", block_size=64, is_symmetric=True, accuracy_level=4)
     assert plain == PRECISIONS["fp32"]
     assert (int4.block_size, int4.is_symmetric, int4.accuracy_level) == (64, True, 4)
+    int8, int4 = parse_precisions("int8,int4", block_size=64, table_bits=4)
+    assert (int8.table_bits, int4.table_bits) == (None, 4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from exported import genai_continuation, pruned
 
 from edgeprune_export import quantize
 from edgeprune_export.exporting import export
-from edgeprune_export.quantize import FLOAT32, PRECISIONS
+from edgeprune_export.quantize import DETAILS, FLOAT32, PRECISIONS
 from edgeprune_export.targets import Target, choose, known_targets
 from edgeprune_runtime.bundle import Bundle, Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
@@ -87,7 +87,7 @@ def test_a_file_says_what_the_others_need(name: str) -> None:
     assert 10 < len(target.title) < 90
     assert target.provider in PROVIDERS
     assert set(target.precisions) <= set(PRECISIONS)
-    assert all(set(details) <= {"block_size", "is_symmetric", "accuracy_level"} for details in target.details.values())
+    assert all(set(details) <= set(DETAILS) for details in target.details.values())
     for precision in choose(name, "llama").precisions:
         precision.check()
     assert any(word in target.verified for word in ("run", "checked against torch with the CPU provider"))

@@ -9,8 +9,7 @@ One file per target; to add one, imitate `cpu.py`, or `mobile.py` for files of i
    into the manifest;
 5. `GRAPH_SOURCE` (optional) is the graph that the provider needs, of `graph_sources.GRAPH_SOURCES`; without it, the
    architecture's own. A user who asks for another is refused: nothing here is a matter of taste;
-6. `DETAILS` (optional) holds by precision what is to be other than usual: "block_size", "is_symmetric",
-   "accuracy_level";
+6. `DETAILS` (optional) holds by precision what is to be other than usual: those of `quantize.DETAILS`;
 7. `MAX_DATA_BYTES` (optional) is how large the weights of a variant may be;
 8. `package(folder, manifest)` (optional) adds files to a complete bundle before it is sealed, and returns the manifest,
    with what there is to say of them.
@@ -27,7 +26,7 @@ from typing import Any
 from edgeprune import plugins
 from edgeprune.configs import architecture
 from edgeprune_export.graph_sources import graph_source_of
-from edgeprune_export.quantize import FLOAT32, PRECISIONS, Precision, as_options, parse_precisions
+from edgeprune_export.quantize import DETAILS, FLOAT32, PRECISIONS, Precision, as_options, parse_precisions
 from edgeprune_runtime.bundle import GraphSource, Manifest
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -132,6 +131,7 @@ def choose(
     block_size: int | None = None,
     is_symmetric: bool | None = None,
     accuracy_level: int | None = None,
+    table_bits: int | None = None,
 ) -> Choice:
     """What a target (None: none) and what the user gave himself amount to, for models of a type.
 
@@ -143,13 +143,15 @@ def choose(
         block_size: Of `Precision`; None leaves it to the target, then to the precision; so do the others.
         is_symmetric: Likewise.
         accuracy_level: Likewise.
+        table_bits: Likewise.
 
     Raises:
         EdgepruneError: if something of it is unknown, or contradicts the rest.
     """
     chosen = None if target is None else Target.find(target)
     source = _source(chosen, model_type, graph_source)
-    given: dict[str, Any] = {"block_size": block_size, "is_symmetric": is_symmetric, "accuracy_level": accuracy_level}
+    values = (block_size, is_symmetric, accuracy_level, table_bits)
+    given: dict[str, Any] = dict(zip(DETAILS, values, strict=True))
     precisions = parse_precisions(_names(chosen, precision), **given)
     if chosen is None:
         return Choice(None, source, precisions)
