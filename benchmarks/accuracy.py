@@ -65,7 +65,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgeprune import calibration as calibrating
 from edgeprune.cli.extras import need
-from edgeprune.cli.stages import Stages
+from edgeprune.cli.stages import Stages, Step
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.precision import fastest_dtype
@@ -81,7 +81,7 @@ from edgeprune.pruning import (
 )
 from edgeprune.recover import ask_teacher, recover
 from edgeprune.sources import Source, count_parameters, load, load_tokenizer, open_source
-from edgeprune.statistics import Stats
+from edgeprune.statistics import Progress, Stats
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.machine import this_machine
 from edgeprune_runtime.report import Cell, Report, Table, Verdict
@@ -231,14 +231,15 @@ def measure(experiment: Experiment, results: Results) -> dict[Cut, str]:
     left.sort(key=lambda cut: (cut.seed, cut.settings.method))
     for (seed, method), group in itertools.groupby(left, key=lambda cut: (cut.seed, cut.settings.method)):
         sharing = list(group)
-        with stages.stage(f"statistics of {method}, seed {seed}"):
-            made, stats, calibration = _statistics(experiment, model, tokenizer, sharing)
+        with stages.stage(f"statistics of {method}, seed {seed}") as step:
+            made, stats, calibration = _statistics(experiment, model, tokenizer, sharing, _shown_by(step))
         alike: dict[Settings, list[Cut]] = {}
         for cut in sharing:
             alike.setdefault(replace(cut.settings, recover="none"), []).append(cut)
         for settings, cuts in alike.items():
             try:
-                smaller = pruned(model, made, stats, settings, calibration, experiment.dtype)
+                with stages.stage(f"cut of {_title(cuts[0])}") as step:
+                    smaller = pruned(model, made, stats, settings, calibration, experiment.dtype, _shown_by(step))
             except EdgepruneError as error:
                 failures |= dict.fromkeys(cuts, str(error))
                 stages.remark(f"{_title(cuts[0])}: {error}")
@@ -260,17 +261,26 @@ def pruned(
     settings: Settings,
     calibration: calibrating.Calibration,
     dtype: torch.dtype,
+    progress: Progress = lambda stage, done, total: None,
 ) -> PreTrainedModel:
     """A copy of the model, cut by other settings than the plan's from the same statistics.
 
     Raises:
         EdgepruneError: if the ratio cannot be reached so.
     """
-    judge_of = partial(judge, model, calibration=calibration, settings=settings, stats=stats, dtype=dtype)
+    judge_of = partial(
+        judge, model, calibration=calibration, settings=settings, stats=stats, dtype=dtype, progress=progress
+    )
     keep = allocate(model, model_groups(model), stats.scores, settings, stats.influence, judge_of)
     smaller = copy.deepcopy(model)
-    apply_plan(smaller, replace(plan, keep=keep, refit=settings.refit), stats.moments, calibration, dtype=dtype)
+    wanted = replace(plan, keep=keep, refit=settings.refit)
+    apply_plan(smaller, wanted, stats.moments, calibration, dtype=dtype, progress=progress)
     return smaller
+
+
+def _shown_by(step: Step) -> Progress:
+    """What tells the bar of a stage how far the work is."""
+    return lambda phase, done, total: step(phase, done / max(total, 1))
 
 
 def recovered(
@@ -288,7 +298,11 @@ def recovered(
 
 
 def _statistics(
-    experiment: Experiment, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sharing: Sequence[Cut]
+    experiment: Experiment,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sharing: Sequence[Cut],
+    progress: Progress,
 ) -> tuple[PrunePlan, Stats, calibrating.Calibration]:
     calibration = calibrating.gather(
         experiment.calibration,
@@ -303,7 +317,13 @@ def _statistics(
     settings = replace(sharing[0].settings, ratio=ratio, allocation="uniform:mixed", heads="auto")
     refits = any(cut.settings.refit != "none" or cut.settings.reads_moments for cut in sharing)
     plan, stats = make_plan(
-        model, experiment.source.description, calibration, settings, dtype=experiment.dtype, with_moments=refits
+        model,
+        experiment.source.description,
+        calibration,
+        settings,
+        dtype=experiment.dtype,
+        with_moments=refits,
+        progress=progress,
     )
     return plan, stats, calibration
 

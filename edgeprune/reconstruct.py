@@ -148,6 +148,14 @@ class Paths:
         with torch.no_grad():
             self._pass.run(layer, block, self._source(layer, is_first)[rows])
 
+    def show_behind(self) -> None:
+        """Run what lies behind the last block on the pruned path, for those who look on."""
+        states = self._rows("pruned", self._decoder.layers)
+        with torch.no_grad(), self._decoder.outside(self._pass.weights_dtype, is_behind=True):
+            for rows in self._steps:
+                for tokens in states[rows].flatten(0, 1)[:, None].split(self._pass.logit_tokens):
+                    self._pass.logits(tokens)  # each token a sequence of its own: heads know no positions
+
     def parts(self) -> Iterator[tuple[slice, bool]]:
         """The sequences in steps, and whether they are kept aside (`held_out`)."""
         aside = len(self._ids) - len(held_out(self._ids))

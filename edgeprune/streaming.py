@@ -120,6 +120,15 @@ class Decoder:
         return list(first.values())
 
     @property
+    def head_name(self) -> str:
+        """Name of the stored weight of the head; where it is tied, that of the embedding."""
+        self.load_outside()
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a model without a head"
+        state = self.model.state_dict(keep_vars=True)
+        return next(name for name in self.outside_names() if state[name] is head.weight)
+
+    @property
     def embedding_alone(self) -> set[int]:
         """Identity of the weight of the token embedding, where it is not tied to the head; else nothing."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()

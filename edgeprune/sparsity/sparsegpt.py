@@ -31,7 +31,8 @@ DAMPING = 0.01
 def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
     """The weight `(D, K)` with zeros, and with what stays changed to make up for them."""
     assert side == "in", "columns are blocks of inputs"
-    weight, upper = without_dead(evidence.weight, known(evidence.gram))
+    upper, is_dead = inverse_factor(known(evidence.gram))
+    weight = evidence.weight.masked_fill(is_dead, 0.0)
     for begin in range(0, weight.shape[1], COLUMNS):
         end = min(begin + COLUMNS, weight.shape[1])
         stretch, factor = weight[:, begin:end], upper[begin:end, begin:end]  # a view: what happens to it stays
@@ -50,8 +51,8 @@ def prune(evidence: Evidence, pattern: Pattern, side: Side) -> torch.Tensor:
     return weight
 
 
-def without_dead(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of the weight without what reads dead inputs, and the upper factor of the inverse of H, float32."""
+def inverse_factor(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The upper Cholesky factor of the inverse of damped H `(K, K)` float32, and which inputs are dead `(K,)`."""
     system = gram.double()
     diagonal = system.diagonal()
     is_dead = diagonal == 0
@@ -65,4 +66,4 @@ def without_dead(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor
             "expected more calibration text, or calibrate in float32"
         )
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    return weight.masked_fill(is_dead, 0.0), upper.float()
+    return upper.float(), is_dead

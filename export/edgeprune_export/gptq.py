@@ -10,7 +10,10 @@ A block's scale and zero point are chosen when its first input comes, from the w
 weight the squares that they miss by the mean squares of the inputs. A weight that is zero stays zero, so that a pattern
 of zeros holds; what the others would have had of it goes on to later inputs.
 
-Blocks of the model go one after the other, each seen on what those before it give *with their rounded weights*.
+Blocks of the model go one after the other, each seen on what those before it give *with their rounded weights*; behind
+the last one the head, if it is to have as few bits. An embedding is looked up in, so that its inputs tell nothing; one
+that is the head as well is rounded as the head, which feels it ten times as much: of SmolLM2 four bits, each weight to
+its nearest, cost 7.8 % of the perplexity in the head and 0.7 % in the embedding.
 """
 
 from collections.abc import Callable
@@ -21,16 +24,21 @@ import torch
 from torch import nn
 
 from edgeprune.calibration import Calibration
-from edgeprune.inputs import sum_inputs
+from edgeprune.inputs import Inputs, sum_inputs
 from edgeprune.journal import Entry, Journal
 from edgeprune.reconstruct import Paths
 from edgeprune.shrink import linear_of, oriented, weight_of
-from edgeprune.sparsity.sparsegpt import COLUMNS, without_dead
+from edgeprune.sparsity.sparsegpt import COLUMNS, inverse_factor
+from edgeprune.statistics import shown
 from edgeprune.streaming import Decoder
-from edgeprune_export.quantize import Grid, Precision, Quantised, Ready
+from edgeprune_export.quantize import Grid, Precision, Quantised, Ready, stretches
 
 Progress = Callable[[float], None]
 PARTS = ("data", "scales", "zero_points")
+
+LOOKED_UP = 0.3
+"""What a row that is looked up counts beside the same row of the head: its errors in all directions alike, as if the
+head read noise with this share of the mean square of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,23 @@ class RoundingData:
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, precision: Precision) -> Quantised:
-    """Round a weight `(N, K)` float32 whose inputs have this Gram matrix `(K, K)`.
+    """Round a weight `(N, K)` of any float type whose inputs have this Gram matrix `(K, K)`.
 
     Raises:
         EdgepruneError: if the matrix is singular even with its ridge.
     """
+    upper, is_dead = inverse_factor(gram)
+    parts = (weight[rows].float() for rows in stretches(*weight.shape))  # rows know nothing of each other
+    return Quantised.joined([_fitted(part, is_dead, upper, gram.diagonal(), precision) for part in parts])
+
+
+def _fitted(
+    weight: torch.Tensor, is_dead: torch.Tensor, upper: torch.Tensor, importance: torch.Tensor, precision: Precision
+) -> Quantised:
+    """Some rows, by the factor and the diagonal of H."""
     size, inputs = precision.block_size, weight.shape[1]
     is_zero = weight == 0
-    weight, upper = without_dead(weight, gram)
-    importance = gram.diagonal()
+    weight = weight.masked_fill(is_dead, 0.0)
     blocks = -(-inputs // size)
     # a number that stands for zero also fills the last block
     numbers = torch.zeros(len(weight), blocks * size)
@@ -87,7 +103,7 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, precision: Precision) -> Quan
 def round_blocks(
     decoder: Decoder, precision: Precision, data: RoundingData, progress: Progress = lambda share: None
 ) -> Ready:
-    """Round every Linear of a model's blocks, one block in memory at a time.
+    """Round every Linear of a model's blocks, one block in memory at a time, and the head if it has as few bits.
 
     Args:
         decoder: the model; its blocks are not usable afterwards, as their weights are rounded.
@@ -101,7 +117,7 @@ def round_blocks(
     journal = data.journal or Journal()
     # a journal may hold what another command has rounded otherwise
     kind = "symmetric" if precision.is_symmetric else "asymmetric"
-    stem = f"rounded-{precision.name}-{precision.block_size}-{kind}"
+    stem = f"rounded-{precision.name}-{precision.block_size}-{kind}-{precision.tables.bits}"
     paths = Paths(decoder, data.calibration.ids, data.dtype, journal, name=stem)
     ready: dict[str, Callable[[], Quantised]] = {}
     for layer in range(decoder.layers):
@@ -118,6 +134,12 @@ def round_blocks(
         paths.forget(layer)
         ready |= {f"{name}.weight": partial(_read, journal, step, name, precision) for name in names}
         progress((layer + 1) / decoder.layers)
+    if precision.tables.is_data_aware:
+        step, weight = f"{stem}-head", decoder.head_name
+        name = weight.removesuffix(".weight")
+        if step not in journal:
+            journal.put(step, Entry(_parts(name, _round_head(decoder, paths, precision.tables))))
+        ready[weight] = partial(_read, journal, step, name, precision.tables)
     paths.forget(decoder.layers)
     return ready
 
@@ -135,10 +157,30 @@ def _round_block(
             linear = linear_of(decoder.model, name)
             weight = weight_of(linear).detach().float()
             rounded = gptq(weight, moments.gram, precision)
-            parts |= {f"{name}.{part}": tensor for part in PARTS if (tensor := getattr(rounded, part)) is not None}
+            parts |= _parts(name, rounded)
             exact = rounded.dequantized(weight.shape[1])
             linear.weight.data = oriented(linear, exact.to(linear.weight.dtype)).contiguous()
     return parts
+
+
+def _round_head(decoder: Decoder, paths: Paths, precision: Precision) -> Quantised:
+    """The weight of the head, rounded to what it reads behind the last rounded block."""
+    head = decoder.model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), "a head is a product"
+    sums = Inputs(head.in_features, with_gram=True)
+    with shown([(head, "in", partial(sums.add, is_held_out=False))]):
+        paths.show_behind()
+    moments = sums.moments()
+    assert moments is not None, "products were asked for"
+    gram = moments.gram
+    if head.weight is decoder.model.get_input_embeddings().weight:
+        gram.diagonal().add_(LOOKED_UP * gram.diagonal().mean())
+    return gptq(head.weight.detach(), gram, precision)
+
+
+def _parts(name: str, rounded: Quantised) -> dict[str, torch.Tensor]:
+    """The parts of a rounded weight, each behind the name of its Linear."""
+    return {f"{name}.{part}": tensor for part in PARTS if (tensor := getattr(rounded, part)) is not None}
 
 
 def _read(journal: Journal, step: str, name: str, precision: Precision) -> Quantised:

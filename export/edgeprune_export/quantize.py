@@ -325,7 +325,7 @@ class Quantised:
 
     def write_to(self, weight: torch.Tensor) -> None:
         """Make a float weight `(N, inputs)` the one that a runtime multiplies by."""
-        for rows in _stretches(*weight.shape):
+        for rows in stretches(*weight.shape):
             weight[rows] = self._exact(rows)[:, : weight.shape[1]]
 
     def _exact(self, rows: slice) -> torch.Tensor:
@@ -339,7 +339,7 @@ class Quantised:
 
 def quantize(weight: torch.Tensor, precision: Precision) -> Quantised:
     """Round a weight `(N, K)` of any float type to the nearest numbers of a precision."""
-    return Quantised.joined([_nearest(weight[rows].float(), precision) for rows in _stretches(*weight.shape)])
+    return Quantised.joined([_nearest(weight[rows].float(), precision) for rows in stretches(*weight.shape)])
 
 
 def _nearest(weight: torch.Tensor, precision: Precision) -> Quantised:
@@ -412,7 +412,7 @@ class RoundedWeights:
         if name in self.ready:
             self.ready[name]().write_to(weight)
             return
-        for rows in _stretches(*weight.shape):
+        for rows in stretches(*weight.shape):
             _nearest(weight[rows], self._precision(name)).write_to(weight[rows])
 
     def _one(self, name: str) -> Quantised:
@@ -449,7 +449,7 @@ def round_weights(model: nn.Module, rounded: RoundedWeights, prefix: str = "") -
         rounded.round_in_place(f"{prefix}{name}.weight", module.weight)
 
 
-def _stretches(rows: int, inputs: int) -> list[slice]:
+def stretches(rows: int, inputs: int) -> list[slice]:
     """Rows of a weight by so many that what is computed of them stays small: an embedding is the largest of all."""
     step = max(1, CHUNK_WEIGHTS // inputs)
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]

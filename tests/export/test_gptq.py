@@ -117,6 +117,30 @@ def test_every_block_is_rounded_to_what_it_reads_behind_rounded_blocks(checkpoin
         torch.testing.assert_close(ready[name]().dequantized(weight.shape[1]), weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "gemma3_text"])
+def test_the_head_is_rounded_to_what_it_reads_behind_the_last_rounded_block(name: str, tmp_path: Path) -> None:
+    """Of the first toy it is a weight of its own, of the others the embedding."""
+    pruned(tmp_path / "model", name, head_dim=16)
+    data, precision = RoundingData(calibration(), journal=Journal()), replace(INT4, table_bits=4)
+    ready = round_blocks(open_decoder(tmp_path / "model"), precision, data)
+    model = load_pruned(tmp_path / "model")
+    for block_weight, rounded in _rounded_one_by_one(model, data.calibration.ids):
+        torch.testing.assert_close(ready[block_weight]().dequantized(rounded.shape[1]), rounded, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        read = model.model(data.calibration.ids).last_hidden_state.flatten(0, 1)
+    gram = read.T @ read / len(read)
+    is_tied = model.config.tie_word_embeddings
+    if is_tied:
+        gram += 0.3 * gram.diagonal().mean() * torch.eye(len(gram))
+    expected = gptq(model.lm_head.weight.detach(), gram, INT4).dequantized(len(gram))
+    (found,) = [read() for name, read in ready.items() if "layers" not in name]
+    assert ("model.embed_tokens.weight" if is_tied else "lm_head.weight") in ready
+    torch.testing.assert_close(found.dequantized(len(gram)), expected, rtol=0, atol=1e-5)
+    plain = quantize(model.lm_head.weight, INT4).dequantized(len(gram))
+    missed = [((each - model.lm_head.weight) @ read.T).square().mean() for each in (expected, plain)]
+    assert missed[0] < 0.8 * missed[1]
+
+
 def _rounded_one_by_one(model: Any, ids: torch.Tensor) -> Any:
     """The same with the whole model in memory: all Linears of a block from one pass, then the block is rounded."""
     for layer, block in enumerate(model.model.layers):
@@ -161,7 +185,7 @@ def test_a_walk_that_was_cut_off_continues_with_the_same_numbers(
         assert torch.equal(read().scales, continued[name]().scales)
 
 
-@pytest.mark.parametrize("other", [{"block_size": 32}, {"is_symmetric": True}])
+@pytest.mark.parametrize("other", [{"block_size": 32}, {"is_symmetric": True}, {"table_bits": 4}])
 def test_a_journal_keeps_what_is_rounded_otherwise_apart(other: dict[str, Any], checkpoint: Path) -> None:
     journal, precision = Journal(), replace(INT4, **other)
     round_blocks(open_decoder(checkpoint), INT4, RoundingData(calibration(), journal=journal))
@@ -172,26 +196,30 @@ def test_a_journal_keeps_what_is_rounded_otherwise_apart(other: dict[str, Any], 
         assert torch.equal(read().scales, again[name]().scales)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3_text", "qwen3"])
-def test_the_graph_multiplies_by_what_the_walk_has_rounded(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
+@pytest.mark.parametrize(
+    ("name", "table_bits"),
+    [("llama", 8), ("phi3", 8), ("gemma3_text", 8), ("qwen3", 8), ("llama", 4), ("gemma3_text", 4)],
+)
+def test_the_graph_multiplies_by_what_the_walk_has_rounded(name: str, table_bits: int, tmp_path: Path) -> None:
+    folder, precision = tmp_path / "model", replace(INT4, table_bits=table_bits)
     pruned(folder, name, head_dim=16)
     data = RoundingData(calibration())
-    export(folder, tmp_path / "bundle", precisions=(INT4,), rounding=data)  # the gate has the same weights in torch
+    export(folder, tmp_path / "bundle", precisions=(precision,), rounding=data)  # the gate has the same in torch
     assert validate(open_bundle(tmp_path / "bundle", verify=True), threads=1).passed
     assert {path.name for path in tmp_path.iterdir()} == {"model", "bundle"}, "nothing is left of the walk"
     by_data, plain = load_pruned(folder), load_pruned(folder)
-    weights, ready = Weights(folder), round_blocks(open_decoder(folder), INT4, data)
-    round_weights(by_data, RoundedWeights(weights, INT4, ready))
-    round_weights(plain, RoundedWeights(weights, INT4))
+    weights, ready = Weights(folder), round_blocks(open_decoder(folder), precision, data)
+    round_weights(by_data, RoundedWeights(weights, precision, ready))
+    round_weights(plain, RoundedWeights(weights, precision))
     names = [name for name, each in by_data.named_parameters() if not torch.equal(each, plain.get_parameter(name))]
     assert set(names) <= set(ready)
     assert len(names) > 0.8 * len(ready)
+    assert sum("layers" not in each for each in names) == (table_bits == 4)
     stored = {
         value.const_value.tobytes()
         for value in ir.load(tmp_path / "bundle/onnx/model_q4.onnx").graph.initializers.values()
         if value.const_value is not None
     }
     for each in names:
-        if each.endswith(("o_proj.weight", "down_proj.weight")):  # the others are packed
+        if each.endswith(("o_proj.weight", "down_proj.weight")) or "layers" not in each:  # the others are packed
             assert ready[each]().data.numpy().tobytes() in stored
