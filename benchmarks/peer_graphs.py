@@ -38,6 +38,7 @@ class Graph:
         token_bytes: of weights that decoding one token reads from end to end.
         accuracy_level: of the products with blocks of integers; None without such.
         block: bits, block size and symmetry of the first of these products; None without such.
+        table_bits: of the last of them, which is the head; None without such.
     """
 
     file: Path
@@ -45,6 +46,7 @@ class Graph:
     token_bytes: int
     accuracy_level: int | None
     block: tuple[int, int, bool] | None
+    table_bits: int | None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -61,7 +63,8 @@ class Graph:
         if self.block is None:
             return precision
         bits, block_size, is_symmetric = self.block
-        return replace(precision, bits=bits, block_size=block_size, is_symmetric=is_symmetric)
+        details = {"bits": bits, "block_size": block_size, "is_symmetric": is_symmetric}
+        return replace(precision, **details, table_bits=self.table_bits)
 
 
 def read_graph(file: Path) -> Graph:
@@ -77,13 +80,15 @@ def read_graph(file: Path) -> Graph:
     read = [weight for weight in weights if readers[weight.name] - LOOKUPS]
     places = {entry.value for weight in weights for entry in weight.external_data if entry.key == "location"}
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    first = {each.name: each.i for each in products[0].attribute} if products else {}
+    ends = [{each.name: each.i for each in node.attribute} for node in products[:1] + products[-1:]]
+    first, last = ends or ({}, {})
     return Graph(
         file,
         tuple(file.parent / place for place in sorted(places)),
         sum(map(_stored_bytes, read)),
         first.get("accuracy_level", 0) if products else None,
         (first["bits"], first["block_size"], _has_no_zero_points(products[0])) if products else None,
+        last.get("bits"),
     )
 
 

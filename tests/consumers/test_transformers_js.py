@@ -69,10 +69,16 @@ def test_text_is_that_of_the_tokens(bundle: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == Tokenizer.load(opened).decode(ours).strip()
 
 
-@pytest.mark.parametrize("variant", ["int8", "int8-dynamic", "int4"])
-def test_folder_as_it_is_gives_the_default_variant(toy_bundle: Path, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "details"),
+    [("int8", {}), ("int8-dynamic", {}), ("int4", {}), ("int4", {"table_bits": 4})],
+    ids=["int8", "int8-dynamic", "int4", "int4 with tables of four bits"],
+)
+def test_folder_as_it_is_gives_the_default_variant(
+    toy_bundle: Path, variant: str, details: dict[str, int], tmp_path: Path
+) -> None:
     """Without a dtype transformers.js would look for fp32 here, and for q8 in a browser; the config says better."""
-    precision = replace(PRECISIONS[variant], max_perplexity_ratio=9.0, min_argmax_agreement=0.0)
+    precision = replace(PRECISIONS[variant], max_perplexity_ratio=9.0, min_argmax_agreement=0.0, **details)
     export(toy_bundle.with_name("checkpoint"), tmp_path / "bundle", precisions=[precision])
     [answer] = written(tmp_path, tmp_path / "bundle", PROMPTS[:1], "--raw")
     assert answer["dtype"] == transformers_js_dtype(variant)
