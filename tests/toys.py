@@ -93,6 +93,11 @@ def two_blocks(name: str) -> dict[str, Any]:
     return {"num_hidden_layers": 2, **per_layer_lists(name, 2)}
 
 
+def least_blocks(name: str) -> dict[str, Any]:
+    """As `two_blocks`, but one block where all are of one sort."""
+    return two_blocks(name) if per_layer_lists(name, 2) else {"num_hidden_layers": 1}
+
+
 def toy(name: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny random float32 model in eval mode; its weights are large enough that every head and channel matters."""
     model_type = name.split("-")[0]

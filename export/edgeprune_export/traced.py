@@ -11,7 +11,7 @@ sums: for execution providers that fall behind the newest opsets or take no oper
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 
 import numpy as np
@@ -45,7 +45,7 @@ def build(model: PreTrainedModel, widths: list[LayerWidths], data: ExternalData,
     past_dims = {0: "batch_size", 2: "past_sequence_length"}
     check_rope(model.config)
     call = Call()
-    with _quiet(), constant_rope(model), routed(model, call, attend_plainly if is_plain else attend):
+    with _quiet(), _no_cache(), constant_rope(model), routed(model, call, attend_plainly if is_plain else attend):
         program = torch.onnx.export(
             _ExplicitCache(model, call).eval(),
             (ids, mask, *pasts),
@@ -100,6 +100,13 @@ def _masks(config: PreTrainedConfig, call: Call) -> torch.Tensor | dict[str, tor
     if getattr(config, "layer_types", None) is None:
         return call.bias(window)
     return {"full_attention": call.bias(None), "sliding_attention": call.bias(window)}
+
+
+def _no_cache() -> AbstractContextManager[None]:
+    """Infer shapes anew each time: with symbolic ones, finding them in torch's cache takes longer than inferring."""
+    # An attribute of torch that imports its compiler; whoever exports nothing shall not wait for that.
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    return patched
 
 
 @contextmanager

@@ -37,11 +37,10 @@ def test_help_names_every_target(command: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "provider"), [("wasm", ""), ("directml", " --provider directml")])
-def test_export_says_whom_the_bundle_is_for_and_how_to_run_it(
-    target: str, provider: str, wide: Path, tmp_path: Path
-) -> None:
+def test_export_says_whom_the_bundle_is_for_and_how_to_run_it(target: str, provider: str, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    done = invoke("export", wide, "-o", out, "--target", target, "--json")
+    model = save_toy(tmp_path / "model", hidden_size=96, num_hidden_layers=1)
+    done = invoke("export", model, "-o", out, "--target", target, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out.splitlines()[-1])["target"] == target
     assert f"note: made for the target {target}: {Target.find(target).title}" in done.err

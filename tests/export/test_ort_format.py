@@ -91,7 +91,7 @@ def test_table_that_embedding_and_output_share_is_in_the_file_once(variant: str,
 
 @pytest.mark.slow
 def test_traced_graph_is_converted_too(tmp_path: Path) -> None:
-    pruned(tmp_path / "checkpoint", "gpt_neox")
+    pruned(tmp_path / "checkpoint", "gpt_neox", num_hidden_layers=1)
     export(tmp_path / "checkpoint", tmp_path / "bundle")
     assert convert_to_ort(tmp_path / "bundle" / graph_file("fp32"), tmp_path).max_abs_error < 1e-4
     assert mobile_findings(tmp_path / "bundle" / graph_file("fp32")).nodes > 10

@@ -40,7 +40,7 @@ def test_each_head_attends_over_the_keys_of_its_own_kv_head(kv_heads: int, softc
 
 
 def plain_equals_torch(folder: Path, name: str) -> None:
-    pruned(folder / "model", name, **toys.two_blocks(name))
+    pruned(folder / "model", name, **toys.least_blocks(name))
     model, weights = load_pruned(folder / "model"), Weights(folder / "model")
     with ExternalData(folder / "model.onnx_data") as data:
         graph = traced.build(model, weights.layer_widths(), data, is_plain=True)

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from safetensors.torch import load_file, save_file
-from toys import KINDS, per_layer_lists, toy
+from toys import per_layer_lists, toy
 
 from edgeprune import checkpoint
 from edgeprune.calibration import Calibration
@@ -122,11 +122,9 @@ def test_traced_graph_of_transposed_weights_and_biases_has_the_zeros_of_the_chec
     assert check_zeros(ir.from_proto(quantised).graph, *record).broken == 0
 
 
+# That its zeros are found in the graph of every type is asked of all traced graphs, in test_traced.py.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "sparsity"),
-    [*((name, ALL) for name in ("llama-bias", *KINDS, "gpt_neo")), ("llama", PAPER), ("phi3", PAPER)],
-)
+@pytest.mark.parametrize(("name", "sparsity"), [("gpt2", ALL), ("phi3", PAPER)])
 def test_traced_graph_has_the_zeros_of_the_checkpoint(name: str, sparsity: Sparsity, tmp_path: Path) -> None:
     model, saved = sparse_checkpoint(tmp_path / "model", name, sparsity, layers=1)
     holds_the_zeros_of(model, saved, tmp_path / "bundle", sparsity, "traced")
