@@ -38,7 +38,8 @@ PARTS = ("data", "scales", "zero_points")
 
 LOOKED_UP = 0.3
 """What a row that is looked up counts beside the same row of the head: its errors in all directions alike, as if the
-head read noise with this share of the mean square of its inputs."""
+head read noise with this share of the mean square of its inputs. SmolLM2 with a table of four bits has 1.032 times its
+perplexity so, 1.035 with 0.01, 1.034 with 1, and 1.085 with each weight to its nearest."""
 
 
 @dataclass(frozen=True)
