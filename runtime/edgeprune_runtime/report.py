@@ -26,6 +26,8 @@ th { text-align: left; background: #f4f6f9; }
 th.figure, td.figure { text-align: right; font-variant-numeric: tabular-nums; }
 svg { vertical-align: middle; margin-left: .5rem; } .note { color: #5a6675; font-size: .9rem; }
 .passed { color: #14713d; } .failed { color: #a8232c; } li { margin: .2rem 0; }
+body { overflow-wrap: break-word; }
+@media (max-width: 48rem) { table { display: block; overflow-x: auto; } th, td { padding: .35rem .4rem; } }
 @media (prefers-color-scheme: dark) {
   body { background: #12161c; color: #dfe5ec; } th { background: #1d242d; } th, td { border-color: #2c3641; }
   .passed { color: #5fd08f; } .failed { color: #ff8289; } .note { color: #97a4b2; } }
