@@ -65,7 +65,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgeprune import calibration as calibrating
 from edgeprune.cli.extras import need
-from edgeprune.cli.stages import Stages, Step
+from edgeprune.cli.stages import Stages
 from edgeprune.journal import Journal
 from edgeprune.plan import PrunePlan
 from edgeprune.precision import fastest_dtype
@@ -231,15 +231,15 @@ def measure(experiment: Experiment, results: Results) -> dict[Cut, str]:
     left.sort(key=lambda cut: (cut.seed, cut.settings.method))
     for (seed, method), group in itertools.groupby(left, key=lambda cut: (cut.seed, cut.settings.method)):
         sharing = list(group)
-        with stages.stage(f"statistics of {method}, seed {seed}") as step:
-            made, stats, calibration = _statistics(experiment, model, tokenizer, sharing, _shown_by(step))
+        with stages.phased(f"statistics of {method}, seed {seed}") as told:
+            made, stats, calibration = _statistics(experiment, model, tokenizer, sharing, told)
         alike: dict[Settings, list[Cut]] = {}
         for cut in sharing:
             alike.setdefault(replace(cut.settings, recover="none"), []).append(cut)
         for settings, cuts in alike.items():
             try:
-                with stages.stage(f"cut of {_title(cuts[0])}") as step:
-                    smaller = pruned(model, made, stats, settings, calibration, experiment.dtype, _shown_by(step))
+                with stages.phased(f"cut of {_title(cuts[0])}") as told:
+                    smaller = pruned(model, made, stats, settings, calibration, experiment.dtype, told)
             except EdgepruneError as error:
                 failures |= dict.fromkeys(cuts, str(error))
                 stages.remark(f"{_title(cuts[0])}: {error}")
@@ -276,11 +276,6 @@ def pruned(
     wanted = replace(plan, keep=keep, refit=settings.refit)
     apply_plan(smaller, wanted, stats.moments, calibration, dtype=dtype, progress=progress)
     return smaller
-
-
-def _shown_by(step: Step) -> Progress:
-    """What tells the bar of a stage how far the work is."""
-    return lambda phase, done, total: step(phase, done / max(total, 1))
 
 
 def recovered(

@@ -63,8 +63,9 @@ class Graph:
         if self.block is None:
             return precision
         bits, block_size, is_symmetric = self.block
-        details = {"bits": bits, "block_size": block_size, "is_symmetric": is_symmetric}
-        return replace(precision, **details, table_bits=self.table_bits)
+        return replace(
+            precision, bits=bits, block_size=block_size, is_symmetric=is_symmetric, table_bits=self.table_bits
+        )
 
 
 def read_graph(file: Path) -> Graph:

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from edgeprune import checkpoint
 from edgeprune.calibration import Calibration
 from edgeprune.groups import layer_widths
-from edgeprune.shrink import shrink
+from edgeprune.plan import SparsityRecord
+from edgeprune.shrink import LinearShape, linear_of, shrink
 from edgeprune.sparsify import Sparsity, sparsify
 from edgeprune_export import decoder
 from edgeprune_export.external_data import ExternalData
@@ -25,6 +26,15 @@ from edgeprune_export.weights import Weights
 
 SAMPLE = [np.random.default_rng(0).integers(3, toys.COMMON["vocab_size"], 400).tolist()]
 """Token ids to compare on: a toy has read nothing, so any text will do."""
+
+
+Record = tuple[SparsityRecord, dict[str, int]]
+"""What `check_zeros` is told of a model: where its zeros should be, and how many outputs each Linear has."""
+
+
+def record_of(model: Any, sparsity: Sparsity) -> Record:
+    record = sparsity.record(groups_of(model))
+    return record, {name: LinearShape.of(linear_of(model, name)).out_features for name in record.sides}
 
 
 def letter_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:

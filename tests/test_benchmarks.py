@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -71,10 +70,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmark, making its checkpoints in this process, which has imported torch already."""
-    memory = module("memory", monkeypatch)
-    monkeypatch.setattr(memory, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
-    return memory
+    return module("memory", monkeypatch)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -225,13 +221,15 @@ def test_stories_have_the_perplexity_of_the_model_card(evaluation: Any, data_fol
     model = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32).eval()
     path = data_folder / "text" / "tinystories_train_sample.jsonl"
 
-    whole = evaluation.Documents(path, 512, None, every_other=False)
-    questions = whole.questions(tokenizer)
-    assert len(questions) == 317
-    found = whole.judge(questions, evaluation.score(model, questions, lambda *done: None))
-    assert evaluation.perplexity(found) == pytest.approx(4.51, abs=0.005)
-    half = evaluation.Documents(path, 512, None, every_other=True)
-    assert half.questions(tokenizer) == questions[1::2]
+    def judged(*, every_other: bool) -> Any:
+        task = evaluation.Documents(path, 512, None, every_other=every_other)
+        questions = task.questions(tokenizer)
+        return task.judge(questions, evaluation.score(model, questions, lambda *done: None))
+
+    whole, half = judged(every_other=False), judged(every_other=True)
+    assert len(whole["tokens"]) == 317
+    assert evaluation.perplexity(whole) == pytest.approx(4.51, abs=0.005)
+    assert half["tokens"] == whole["tokens"][1::2]
 
 
 @pytest.mark.slow
@@ -698,24 +696,20 @@ def test_memory_compresses_each_number_of_blocks_as_a_user_gets_it(tmp_path: Pat
 
 @pytest.mark.slow
 def test_memory_exports_by_blocks(tmp_path: Path) -> None:
-    job = ("--job", "export", "--blocks", "2", "--max-memory", "1MB")
+    job = ("--job", "export", "--blocks", "1", "2", "--max-memory", "1MB")
     found = report("memory", "--folder", str(tmp_path), *job, *TINY_LLAMA, *TINY_CALIBRATION)
-    assert [row["blocks"] for row in found["tables"][0]["rows"]] == [2]
+    assert [row["blocks"] for row in found["tables"][0]["rows"]] == [1, 2]
     assert "Exporting to int4" in found["title"]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_memory_says_what_compress_said(
-    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_says_what_compress_said(tmp_path: Path) -> None:
     arguments = ("--folder", str(tmp_path), "--blocks", "2", *TINY_LLAMA, *TINY_CALIBRATION, "--max-memory", "1MB")
-    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
-    with pytest.raises(EdgepruneError, match="exit code 2; see its message above"):
-        memory.main()
-    said = capfd.readouterr().err.splitlines()[-1]
-    assert said.startswith("edgeprune: ")
-    assert "--max-memory" in said
+    done = script("memory", *arguments)
+    assert done.code == 2
+    assert "--max-memory" in done.err
+    assert "exit code 2" in done.err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -736,12 +730,9 @@ def test_job_then_speed(data_folder: Path, stories260k: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_export_compares_both_graphs_with_torch(data_folder: Path, stories260k: Path, tmp_path: Path) -> None:
-    # its first block, as what is traced takes as long as there are blocks
-    AutoModelForCausalLM.from_pretrained(stories260k, num_hidden_layers=1).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(stories260k).save_pretrained(tmp_path)
+def test_export_compares_both_graphs_with_torch(data_folder: Path, stories260k: Path) -> None:
     found = report(
-        *("export", "--checkpoint", str(tmp_path), "--data", str(data_folder)),
+        *("export", "--checkpoint", str(stories260k), "--data", str(data_folder)),
         *("--rounds", "1", "--windows", "1", "--window", "32"),
     )
     differences = found["data"]["differences"]

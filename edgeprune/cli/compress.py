@@ -473,8 +473,8 @@ def _prune(options: Options, ranks: "Ranks") -> None:
         if (so_far := progress_so_far(journal, decoder.layers)) is not None:
             stages.remark(so_far)
         if options.ratio:
-            with stages.stage("importance of every unit") as step:
-                clock = Clock(lambda phase, done, total: step(phase, done / total))
+            with stages.phased("importance of every unit") as told:
+                clock = Clock(told)
                 plan, stats = make_plan(
                     decoder,
                     source.description,

@@ -81,6 +81,12 @@ class Stages:
         with self.stage(title) as step:
             yield lambda done, total: step("", done / total if total else 1.0)
 
+    @contextmanager
+    def phased(self, title: str) -> Iterator[Callable[[str, int, int], None]]:
+        """As `stage`, for work that counts (phase, done, in all)."""
+        with self.stage(title) as step:
+            yield lambda phase, done, total: step(phase, done / total if total else 1.0)
+
     def remark(self, text: str) -> None:
         """Say something about the stage before it."""
         self.console.print(f"  {escape(text)}", style="dim", highlight=False, soft_wrap=True)

@@ -156,7 +156,7 @@ def _round_block(
         assert moments is not None, "products were asked for"
         for name in members:
             linear = linear_of(decoder.model, name)
-            weight = weight_of(linear).detach().float()
+            weight = weight_of(linear).detach()
             rounded = gptq(weight, moments.gram, precision)
             parts |= _parts(name, rounded)
             exact = rounded.dequantized(weight.shape[1])
@@ -174,7 +174,7 @@ def _round_head(decoder: Decoder, paths: Paths, precision: Precision) -> Quantis
     moments = sums.moments()
     assert moments is not None, "products were asked for"
     gram = moments.gram
-    if head.weight is decoder.model.get_input_embeddings().weight:
+    if not decoder.embedding_alone:
         gram.diagonal().add_(LOOKED_UP * gram.diagonal().mean())
     return gptq(head.weight.detach(), gram, precision)
 

@@ -189,15 +189,12 @@ PRECISIONS = {
 float32 at every call on x86-64, which takes ten times as long for one token as the product itself."""
 
 
-def parse_precisions(
-    text: str,
-    *,
-    block_size: int | None = None,
-    is_symmetric: bool | None = None,
-    accuracy_level: int | None = None,
-    table_bits: int | None = None,
-) -> tuple[Precision, ...]:
+def parse_precisions(text: str, **details: Any) -> tuple[Precision, ...]:
     """The precisions of a text such as "fp32,int4", with what the user has chosen of their details.
+
+    Args:
+        text: names, joined by commas.
+        details: those of `DETAILS`; None leaves one to the precision.
 
     Raises:
         EdgepruneError: if one is unknown or named twice, or a detail is one that ONNX Runtime does not take, or that
@@ -209,23 +206,21 @@ def parse_precisions(
             raise EdgepruneError(f"unknown precision {name!r}; expected {', '.join(PRECISIONS)}, joined by commas")
         if names.count(name) > 1:
             raise EdgepruneError(f"precision {name!r} is named twice; expected each of {', '.join(PRECISIONS)} once")
-    values = (block_size, is_symmetric, accuracy_level, table_bits)
-    details: dict[str, Any] = {
-        detail: value for detail, value in zip(DETAILS, values, strict=True) if value is not None
-    }
+    assert set(details) <= set(DETAILS)
+    given = {detail: details[detail] for detail in DETAILS if details.get(detail) is not None}
     chosen = [PRECISIONS[name] for name in names]
-    useless = {
-        detail: value for detail, value in details.items() if not any(precision.takes(detail) for precision in chosen)
-    }
+    useless = {detail: value for detail, value in given.items() if not any(each.takes(detail) for each in chosen)}
     if useless:
+        why = "whose embedding and head have bits like the rest"
+        if not any(each.has_blocks for each in chosen):
+            why = "which has no blocks of a size to choose"
         takers = [name for name, precision in PRECISIONS.items() if all(map(precision.takes, useless))]
         raise EdgepruneError(
-            f"{as_options(useless)} would change nothing of {', '.join(names)}; leave it out, or name "
+            f"{as_options(useless)} would change nothing of {', '.join(names)}, {why}; leave it out, or name "
             f"{' or '.join(takers)} in --precision"
         )
     found = tuple(
-        replace(precision, **{detail: value for detail, value in details.items() if precision.takes(detail)})
-        for precision in chosen
+        replace(each, **{detail: value for detail, value in given.items() if each.takes(detail)}) for each in chosen
     )
     for precision in found:
         precision.check()

@@ -19,14 +19,14 @@ Cell: TypeAlias = str | int | float | None
 
 _BAR_WIDTH = 160
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430;
+  overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .35rem .7rem; border-bottom: 1px solid #dde2ea; }
 th { text-align: left; background: #f4f6f9; }
 th.figure, td.figure { text-align: right; font-variant-numeric: tabular-nums; }
 svg { vertical-align: middle; margin-left: .5rem; } .note { color: #5a6675; font-size: .9rem; }
 .passed { color: #14713d; } .failed { color: #a8232c; } li { margin: .2rem 0; }
-body { overflow-wrap: break-word; }
 @media (max-width: 48rem) { table { display: block; overflow-x: auto; } th, td { padding: .35rem .4rem; } }
 @media (prefers-color-scheme: dark) {
   body { background: #12161c; color: #dfe5ec; } th { background: #1d242d; } th, td { border-color: #2c3641; }

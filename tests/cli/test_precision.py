@@ -168,10 +168,13 @@ def test_what_cannot_be_written_is_refused_early(
     [
         (("--precision", "int4", "--block-size", 24), "--block-size is 24; expected one of 16, 32"),
         (("--precision", "int8", "--accuracy-level", 3), "--accuracy-level is 3; expected one of 0, 1, 4"),
-        (("--block-size", 64), "--block-size 64 would change nothing of fp32; leave it out"),
+        (("--block-size", 64), "--block-size 64 would change nothing of fp32, which has no blocks"),
         (("--target", "wasm", "--symmetric"), "--symmetric would change nothing of int8-dynamic"),
         (("--precision", "int4", "--table-bits", 2), "--table-bits is 2; expected 4 or 8"),
-        (("--target", "cpu", "--table-bits", 4), "--table-bits 4 would change nothing of int8; leave it out"),
+        (
+            ("--target", "cpu", "--table-bits", 4),
+            "--table-bits 4 would change nothing of int8, whose embedding and head",
+        ),
         (("--precision", ""), "unknown precision ''"),
     ],
 )

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from cuts import groups_of, random_keep
-from exported import letter_tokenizer
+from exported import Record, letter_tokenizer, record_of
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -27,7 +27,7 @@ from edgeprune.groups import layer_widths
 from edgeprune.patterns import Found, Pattern
 from edgeprune.plan import PrunePlan, SparsityRecord
 from edgeprune.pruning import keep_all
-from edgeprune.shrink import LinearShape, linear_of, shrink, weight_of
+from edgeprune.shrink import linear_of, shrink, weight_of
 from edgeprune.sparsify import Sparsity, sparsify
 from edgeprune_export import exporting, sparsity_check, traced
 from edgeprune_export.exporting import export
@@ -40,7 +40,6 @@ from edgeprune_runtime.validate import validate
 GRAPH = "onnx/model.onnx"
 ALL = Sparsity("2:4", "wanda", "all", "hardware", "none")
 PAPER = Sparsity("2:4", "dass", "mlp", "paper", "none")
-Record = tuple[SparsityRecord, dict[str, int]]
 """The Linears and their pattern, and the output features of each."""
 
 
@@ -56,11 +55,6 @@ def sparse_checkpoint(
     sparsify(model, sparsity, calibration())
     plan = replace(keep_all(model, "toy", calibration()), sparsity=sparsity.record(groups_of(model)))
     return model, checkpoint.save(model, letter_tokenizer(), plan, layer_widths(groups_of(model), {}), folder)
-
-
-def record_of(model: Any, sparsity: Sparsity) -> Record:
-    record = sparsity.record(groups_of(model))
-    return record, {name: LinearShape.of(linear_of(model, name)).out_features for name in record.sides}
 
 
 def reads(graph: ir.Graph, record: Record, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:

@@ -6,12 +6,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import toys
-from cuts import groups_of
-from exported import SAMPLE, pruned
+from exported import SAMPLE, pruned, record_of
 
 from edgeprune.checkpoint import load_pruned
 from edgeprune.patterns import check_pattern
-from edgeprune.shrink import LinearShape, linear_of, weight_of
+from edgeprune.shrink import linear_of, weight_of
 from edgeprune.sparsify import Sparsity
 from edgeprune_export import traced
 from edgeprune_export.external_data import ExternalData
@@ -39,12 +38,9 @@ def traced_equals_torch(folder: Path, name: str, changes: dict[str, Any]) -> Non
     with ExternalData(folder / "model.onnx_data") as data:
         graph = traced.build(model, weights.layer_widths(), data)
     check_graph(graph, weights)
-    record = ZEROS.record(groups_of(model))
-    linears = {name: linear_of(model, name) for name in record.sides}
-    zeros = check_zeros(
-        graph.graph, record, {name: LinearShape.of(each).out_features for name, each in linears.items()}
-    )
-    assert zeros == check_pattern(record, lambda name: weight_of(linears[name]), "the model")
+    record, outputs = record_of(model, ZEROS)
+    zeros = check_pattern(record, lambda name: weight_of(linear_of(model, name)), "the model")
+    assert check_zeros(graph.graph, record, outputs) == zeros
     ir.save(graph, folder / "model.onnx")
     assert len(set(weights.layer_widths())) == model.config.num_hidden_layers
     # The same model, which tracing has left as it was.

@@ -26,7 +26,7 @@ from typing import Any
 from edgeprune import plugins
 from edgeprune.configs import architecture
 from edgeprune_export.graph_sources import graph_source_of
-from edgeprune_export.quantize import DETAILS, FLOAT32, PRECISIONS, Precision, as_options, parse_precisions
+from edgeprune_export.quantize import FLOAT32, PRECISIONS, Precision, as_options, parse_precisions
 from edgeprune_runtime.bundle import GraphSource, Manifest
 from edgeprune_runtime.errors import EdgepruneError
 
@@ -128,10 +128,7 @@ def choose(
     *,
     graph_source: str = "auto",
     precision: str | None = None,
-    block_size: int | None = None,
-    is_symmetric: bool | None = None,
-    accuracy_level: int | None = None,
-    table_bits: int | None = None,
+    **details: Any,
 ) -> Choice:
     """What a target (None: none) and what the user gave himself amount to, for models of a type.
 
@@ -140,29 +137,26 @@ def choose(
         model_type: Of the model's config.
         graph_source: Of `graph_sources.GRAPH_SOURCES`; "auto" leaves it to the target, then to the architecture.
         precision: Names of variants, joined by commas; None leaves them to the target, else float32.
-        block_size: Of `Precision`; None leaves it to the target, then to the precision; so do the others.
-        is_symmetric: Likewise.
-        accuracy_level: Likewise.
-        table_bits: Likewise.
+        details: Those of `quantize.DETAILS`; None, or nothing, leaves one to the target, then to the precision.
 
     Raises:
         EdgepruneError: if something of it is unknown, or contradicts the rest.
     """
     chosen = None if target is None else Target.find(target)
     source = _source(chosen, model_type, graph_source)
-    values = (block_size, is_symmetric, accuracy_level, table_bits)
-    given: dict[str, Any] = dict(zip(DETAILS, values, strict=True))
-    precisions = parse_precisions(_names(chosen, precision), **given)
+    precisions = parse_precisions(_names(chosen, precision), **details)
     if chosen is None:
         return Choice(None, source, precisions)
     precisions = tuple(
-        replace(each, **{key: value for key, value in chosen.details.get(each.name, {}).items() if given[key] is None})
+        replace(
+            each, **{key: value for key, value in chosen.details.get(each.name, {}).items() if details.get(key) is None}
+        )
         for each in precisions
     )
     rounded = [each.name for each in precisions if each.is_rounded]
     if source == "decoder" or not rounded:
         return Choice(chosen, source, precisions)
-    asked = f"{options} would change nothing of that" if (options := as_options(given)) else ""
+    asked = f"{options} would change nothing of that" if (options := as_options(details)) else ""
     if precision is not None:
         asked = f"--precision names {', '.join(rounded)}"
     if asked:
