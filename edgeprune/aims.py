@@ -15,7 +15,7 @@ fitted to the divergence 1.65).
 from typing import Protocol
 
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
 from edgeprune.streaming import Pass
 
@@ -67,9 +67,15 @@ class Divergence:
         with torch.no_grad():
             expected = self._log_probabilities(dense)
         found = self._log_probabilities(dense - target + given)
-        divergence = kl_div(found, expected, reduction="none", log_target=True).sum(1)
-        return torch.stack([divergence, -(expected.exp() * found.detach()).sum(1)])
+        scale = -torch.linalg.vecdot(expected.exp(), found.detach())
+        return torch.stack([divergence_of(expected, found), scale])
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(S, V)` of what leaves the last block, each token a sequence of its own: heads know no positions."""
         return log_softmax(self._path.logits(hidden[:, None])[:, 0], -1)
+
+
+def divergence_of(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) `(...)` in nats of log-probabilities `(..., V)`; `torch.kl_div` takes twice as long."""
+    divergence: torch.Tensor = torch.linalg.vecdot(expected.exp(), expected - found)
+    return divergence

@@ -30,13 +30,14 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
+from edgeprune.aims import divergence_of
 from edgeprune.budget import Effect
 from edgeprune.groups import Group, Keep, kept
 from edgeprune.journal import Entry, Journal
 from edgeprune.reconstruct import JUDGED_TOKENS
-from edgeprune.refit import refit
+from edgeprune.refit import refit_unjudged
 from edgeprune.shrink import linear_of, shrink_blocks, weight_of
 from edgeprune.statistics import Method, Moments, Progress, moment_scores
 from edgeprune.streaming import Decoder, Pass
@@ -244,7 +245,7 @@ class Candidates:
                     expected = log_softmax(self._pass.logits(dense[at])[0], -1)
                 with torch.set_grad_enabled(with_gradients):
                     found = log_softmax(self._pass.logits(x)[0], -1)
-                    nats = kl_div(found, expected, reduction="sum", log_target=True)
+                    nats = divergence_of(expected, found).sum()
                 total += nats.item()
                 if with_gradients:
                     token = torch.multinomial(found.detach().exp(), 1, generator=generator)
@@ -278,7 +279,7 @@ class Candidates:
             # the tokens that judge must not have been fitted on; and one ridge serves all, as choosing it for every
             # width would take longer than judging does
             moments = self._moments[group.inner.module].fitting()
-            self._fitted[group.name, units] = refit(weight, moments, columns).weight.to(self._pass.dtype)
+            self._fitted[group.name, units] = refit_unjudged(weight, moments, columns).to(self._pass.dtype)
         weight[:, columns] = self._fitted[group.name, units].to(weight.dtype)
 
     def _forget_fitted(self, keep: Keep, options: Mapping[int, Sequence[Keep]]) -> None:

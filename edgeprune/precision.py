@@ -13,6 +13,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 _SIDE = 768  # large enough to leave the caches of one core, small enough for dozens of repeats in half a second
 _ROUNDS = 4  # the formats take turns, so that a burst of other work does not hit only one of them
 _WORTH_IT = 1.5  # bfloat16 rounds; a gain below this is within the noise of the probe and not worth its error
+_HOPELESS = 4.0
 
 
 @functools.cache
@@ -26,6 +27,8 @@ def fastest_dtype(seconds: float = 0.5) -> torch.dtype:
     for _ in range(_ROUNDS):
         for dtype in best:
             best[dtype] = max(best[dtype], _products_per_second(dtype, share))
+        if _HOPELESS * best[torch.bfloat16] < best[torch.float32]:
+            break  # emulated: one product takes longer than the whole probe should
     return torch.bfloat16 if best[torch.bfloat16] > _WORTH_IT * best[torch.float32] else torch.float32
 
 

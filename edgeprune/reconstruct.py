@@ -426,7 +426,7 @@ def _fit(
     parameters = list(mlp.parameters())
     rates = [LEARNING_RATE * float(p.detach().square().mean().sqrt()) for p in parameters]
     optimizer = torch.optim.Adam(
-        [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)], betas=BETAS
+        [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)], betas=BETAS, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_share, steps=steps))
     for tokens in batches:

@@ -102,13 +102,7 @@ def refit(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor, mo
     Raises:
         EdgepruneError: if the moments are not finite, or the system is singular even with its ridge.
     """
-    if not all(bool(torch.isfinite(known).all()) for known in (moments.gram, moments.mean)):
-        raise EdgepruneError(
-            f"the moments of {weight.shape[1]} inputs are not finite; expected finite calibration activations: "
-            "check the model on this text, or calibrate in float32"
-        )
-    is_kept = torch.zeros(weight.shape[1], dtype=torch.bool).index_fill_(0, kept_columns, True)
-    sides = kept_columns, (~is_kept).nonzero().squeeze(1)
+    sides = _sides(weight, moments, kept_columns)
     directions = _directions(len(weight))
     removed = weight[:, sides[1]].double()
     judged = _along(directions, removed)
@@ -137,6 +131,16 @@ def refit(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor, mo
             error=_share(_missed(judged, inputs, seen), _energy(directions, weight, moments.gram)),
         ),
     )
+
+
+def refit_unjudged(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor) -> torch.Tensor:
+    """The kept columns `(D, S)` by least squares at the ridge `DAMPING`; of all else see `refit`."""
+    sides = _sides(weight, moments, kept_columns)
+    inputs = _Inputs.all(moments, *sides)
+    update = _fit(weight[:, sides[1]].double(), inputs, "least-squares", DAMPING)
+    if update is None or update.weight is None:
+        raise _singular(inputs, DAMPING)
+    return (weight[:, kept_columns] + update.weight).to(weight.dtype)
 
 
 def parse_refit(text: str) -> tuple[Mode, int]:
@@ -253,6 +257,17 @@ def _switches(model_type: str) -> Mapping[Kind, str | None]:
     """Kind of group -> the switch for biases in the config, None where the Linear that reads it always has one."""
     switches: Mapping[Kind, str | None] = getattr(architecture(model_type), "INTERCEPT", {})
     return switches
+
+
+def _sides(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the inputs that stay, and of those that go."""
+    if not all(bool(torch.isfinite(known).all()) for known in (moments.gram, moments.mean)):
+        raise EdgepruneError(
+            f"the moments of {weight.shape[1]} inputs are not finite; expected finite calibration activations: "
+            "check the model on this text, or calibrate in float32"
+        )
+    is_kept = torch.zeros(weight.shape[1], dtype=torch.bool).index_fill_(0, kept_columns, True)
+    return kept_columns, (~is_kept).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     folder = _fetch(source) if source.kind == "hub" else source.path
     with blaming(f"cannot read the tokenizer of {source.name}", "fetch its files again"):
         if source.kind == "gguf":
-            with _gguf_read_once():
+            with gguf_read_once():
                 return AutoTokenizer.from_pretrained(
                     folder.parent, gguf_file=folder.name, local_files_only=True, trust_remote_code=False
                 )
@@ -486,7 +486,7 @@ def _fetch(source: Source) -> Path:
 
 
 @contextmanager
-def _gguf_read_once() -> Iterator[None]:
+def gguf_read_once() -> Iterator[None]:
     """Inside, transformers parses a GGUF file once and lists the names of its tensors once.
 
     By itself it parses the file again for the weights, and lists the names for every module of the model: more than
@@ -504,7 +504,7 @@ def _gguf_read_once() -> Iterator[None]:
 
 def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        with _gguf_read_once():
+        with gguf_read_once():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path.parent,
                 gguf_file=source.path.name,

@@ -81,6 +81,7 @@ class Decoder:
         self._readers = dict(readers or {})
         self._checked: set[str] = set()
         self._has_outside = readers is None
+        self._returns_tuple: bool = getattr(architecture(model.config.model_type), "RETURNS_TUPLE", False)
 
     @classmethod
     def of(cls, model: "PreTrainedModel | Decoder") -> "Decoder":
@@ -272,8 +273,7 @@ class Decoder:
         return logits
 
     def _stand_in(self, block: nn.Module, replay: torch.Tensor | None = None) -> "_StandIn":
-        family = architecture(self.config.model_type)
-        return _StandIn(block, replay, returns_tuple=getattr(family, "RETURNS_TUPLE", False))
+        return _StandIn(block, replay, returns_tuple=self._returns_tuple)
 
     def _fill(self, block: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give a block on meta its values."""

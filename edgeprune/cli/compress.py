@@ -410,7 +410,7 @@ def _prune(options: Options, ranks: "Ranks") -> None:
     from edgeprune.licences import licence_file_of
     from edgeprune.pruning import apply_plan, keep_all, make_plan, progress_so_far
     from edgeprune.recover import ask_teacher, not_recovered, recover
-    from edgeprune.sources import count_parameters, load_licences, load_tokenizer, open_source
+    from edgeprune.sources import count_parameters, gguf_read_once, load_licences, load_tokenizer, open_source
     from edgeprune.sparsify import sparsify
     from edgeprune_export.exporting import check_precisions
     from edgeprune_export.gptq import RoundingData
@@ -451,10 +451,11 @@ def _prune(options: Options, ranks: "Ranks") -> None:
 
     with open_journal_of(options, source, settings, sparsity, ranks) as journal:
         with stages.stage("open the model"):
-            tokenizer, licences = load_tokenizer(source), load_licences(source)
-            decoder, dense = open_dense(
-                source, tokenizer, journal, exports=not (options.checkpoint_only or options.dry_run)
-            )
+            with gguf_read_once():
+                tokenizer, licences = load_tokenizer(source), load_licences(source)
+                decoder, dense = open_dense(
+                    source, tokenizer, journal, exports=not (options.checkpoint_only or options.dry_run)
+                )
             dtype = find_dtype(options.dtype, journal, ranks)
             footprint = fit_memory(options, settings, sparsity, decoder, dtype, max_memory_bytes)
             decoder.keeps_blocks = footprint.keeps_blocks

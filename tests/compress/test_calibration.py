@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from toys import toy
 from transformers import PreTrainedTokenizerFast
 
-from edgeprune import calibration
+from edgeprune import calibration, precision
 from edgeprune.calibration import gather, hash_file, sample, split
 from edgeprune.precision import fastest_dtype
 from edgeprune_runtime.errors import EdgepruneError
@@ -408,4 +408,18 @@ def test_fastest_dtype_is_probed_once():
     assert fastest_dtype(0.02) in (torch.bfloat16, torch.float32)
     fastest_dtype(0.02)
     assert fastest_dtype.cache_info().hits == 1
+    fastest_dtype.cache_clear()
+
+
+def test_a_format_that_this_cpu_emulates_is_not_probed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[torch.dtype] = []
+
+    def products_per_second(dtype: torch.dtype, seconds: float) -> float:
+        probed.append(dtype)
+        return 1.0 if dtype == torch.bfloat16 else 100.0
+
+    monkeypatch.setattr(precision, "_products_per_second", products_per_second)
+    fastest_dtype.cache_clear()
+    assert fastest_dtype() == torch.float32
+    assert sorted(map(str, probed)) == ["torch.bfloat16", "torch.float32"]
     fastest_dtype.cache_clear()

@@ -18,6 +18,7 @@ from edgeprune.refit import (
     check_intercepts,
     refit,
     refit_linear,
+    refit_unjudged,
     shapes_with_intercepts,
 )
 from edgeprune.shrink import linear_shapes, shrink
@@ -63,6 +64,7 @@ def test_refit_equals_direct_least_squares(mode: Mode) -> None:
     torch.testing.assert_close(found.weight, weight.float(), rtol=1e-4, atol=1e-4)
     if mode == "least-squares":
         assert found.intercept is None
+        assert torch.equal(refit_unjudged(WEIGHT, moments(x), KEEP), found.weight)
     else:
         torch.testing.assert_close(found.intercept, intercept.float(), rtol=1e-3, atol=1e-3)
     assert found.outcome.error == pytest.approx(lost_share(x, weight, intercept), rel=1e-3)

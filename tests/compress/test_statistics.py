@@ -13,7 +13,7 @@ from edgeprune.groups import Group
 from edgeprune.journal import Journal
 from edgeprune.pruning import model_groups
 from edgeprune.shrink import oriented
-from edgeprune.statistics import Method, Moments, gather, share_out
+from edgeprune.statistics import GRAM_STRIP, InputSums, Method, Moments, gather, moments_of, share_out
 from edgeprune_runtime.errors import EdgepruneError
 
 
@@ -207,6 +207,23 @@ def test_moments_are_those_of_the_inputs() -> None:
     assert stats.moments.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(stats.moments[name].gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [1, GRAM_STRIP, 2 * GRAM_STRIP + 1])
+@pytest.mark.parametrize("held_out", [0, 30])
+def test_a_gram_matrix_of_any_size_is_whole_and_symmetric(inputs: int, held_out: int) -> None:
+    x = torch.randn(100, inputs, generator=torch.Generator().manual_seed(0))
+    sums = InputSums(inputs), InputSums(inputs)
+    for of_part, rows in zip(sums, (x[held_out:], x[:held_out]), strict=True):
+        of_part.add(rows[:20])
+        of_part.add(rows[20:])
+    moments = moments_of(*sums)
+    torch.testing.assert_close(moments.gram, x.T @ x / 100, rtol=1e-4, atol=1e-4)
+    assert torch.equal(moments.gram, moments.gram.T)
+    if held_out:
+        torch.testing.assert_close(
+            moments.held_out_gram, x[:held_out].T @ x[:held_out] / held_out, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_moments_that_nobody_reads_are_not_kept() -> None:
