@@ -84,8 +84,9 @@ def _facts(found: "Inspection") -> "Table":
         "prunable": "KV heads, query heads and MLP channels: "
         f"{found.prunable_parameters / found.parameters['all']:.1%} of all parameters",
         # rounded down, so that it can be asked for
-        "--ratio up to": f"{math.floor(1000 * found.largest_ratio) / 1000:.3f} with --allocation uniform: blocks of "
-        f"{found.smallest.heads} query on {found.smallest.kv_heads} KV heads and {found.smallest.channels:,} channels",
+        "--ratio up to": f"{math.floor(1000 * found.largest_ratio) / 1000:.3f} with --allocation uniform: "
+        f"each block keeps {found.smallest.heads} of its query heads, {found.smallest.kv_heads} of its KV heads and "
+        f"{found.smallest.channels:,} of its channels",
     }
     for name, value in rows.items():
         table.add_row(name, value)

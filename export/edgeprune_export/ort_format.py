@@ -120,8 +120,8 @@ class MobileFindings:
             f"ONNX Runtime's mobile usability check advises {advice} "
             f"({self.nodes} nodes, {len(self.dynamic_inputs)} inputs of no fixed shape)",
             *(
-                f"{each.name} would take {each.as_it_is.supported_nodes} nodes in {each.as_it_is.pieces} piece(s), "
-                f"with fixed shapes {each.fixed_shapes.supported_nodes} in {each.fixed_shapes.pieces}; "
+                f"{each.name} would take {each.as_it_is.supported_nodes} nodes (partitions: {each.as_it_is.pieces}), "
+                f"with fixed shapes {each.fixed_shapes.supported_nodes} (partitions: {each.fixed_shapes.pieces}); "
                 f"not {', '.join(name.partition(':')[2] for name in each.unsupported_operators)}"
                 for each in self.accelerators
             ),
