@@ -1,6 +1,7 @@
 """How long a pruning would take here, from what one walk over this model took: an estimate, to choose a preset by.
 
-    time of a preset = tokens x (forward + gradients on a share of them + reconstruction) + refit + rounds of the search
+    time of a preset = tokens x (forward + Gram matrices + gradients on a share of them + reconstruction)
+                       + refit + rounds of the search
 
 The pace of the walk was measured; what was not is a multiple of it. Text, recovery, export and checks are not in it.
 """
@@ -15,7 +16,7 @@ from edgeprune.candidates import judging_sequences
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
 from edgeprune.refit import parse_refit
-from edgeprune.statistics import HELD_OUT_EVERY, Method
+from edgeprune.statistics import GRAM_STRIP, HELD_OUT_EVERY, Method
 
 BACKWARD = 2.5
 """Loss and gradients take so many times the forward pass, where they were not measured: the block once more, and two
@@ -24,13 +25,13 @@ matrix products for each of its own."""
 SOLVES = 5
 """Systems that a refit solves for each Linear: one for each ridge on trial, and the last on all tokens."""
 
-PATHS, PRODUCTS = 2, 2
+PATHS, PRODUCTS = 2, 1
 """A reconstruction runs each block on two paths; and an epoch takes so many times a forward pass: three products for
-each one of the MLP, which is narrower by then and not all of the block."""
+each one of the MLP, which is narrower by then, not all of the block, and fast as nothing else in it."""
 
-LOGITS = 7
-"""The last block takes the logits of the dense model, and of the fitted one with their gradients; what is no product
-takes longer than these, over a whole vocabulary."""
+LOGITS = 4
+"""The last block takes the logits of the dense model, and of the fitted one with their gradients; what is no product,
+over a whole vocabulary, takes as long as one of these."""
 
 DOUBLE = 4
 """Float64 takes so many times as long per operation as the walk's own dtype."""
@@ -51,13 +52,15 @@ class Pace:
     """Seconds that this machine takes for this model.
 
     Attributes:
-        forward: per token, through all blocks, Gram matrices included.
+        forward: per token, through all blocks.
+        grams: per token, the Gram matrices of all Linears that read units.
         backward: per token, the loss and the gradients of all blocks.
         logits: per token, from what leaves the last block.
         solve: of one refit of all Linears that read units.
     """
 
     forward: float
+    grams: float
     backward: float
     logits: float
     solve: float
@@ -75,16 +78,18 @@ class Pace:
             graded: sequences that these saw.
             had_grams: Gram matrices were summed on the way.
         """
-        plain = statistics_seconds / (sizes.sequences * sizes.length_tokens)
-        products = sum(inputs**2 for inputs in sizes.inner)
-        with_grams = 1 + products / sizes.block_parameters
-        forward = plain if had_grams else plain * with_grams
-        seconds_per_product = forward / with_grams / (sizes.layers * sizes.block_parameters)
+        walked = statistics_seconds / (sizes.sequences * sizes.length_tokens)
+        # strips of a symmetric matrix, from the diagonal on
+        products = sum(inputs * (inputs + min(inputs, GRAM_STRIP)) / 2 for inputs in sizes.inner)
+        share = products / sizes.block_parameters
+        forward = walked / (1 + share) if had_grams else walked
+        seconds_per_product = forward / (sizes.layers * sizes.block_parameters)
         # a Cholesky factor of K inputs takes K^3 / 6 products, and hidden_size right-hand sides K^2 each
         systems = sum(inputs**3 / 6 + sizes.hidden_size * inputs**2 for inputs in sizes.inner)
         return cls(
             forward=forward,
-            backward=BACKWARD * plain
+            grams=forward * share,
+            backward=BACKWARD * forward
             if gradient_seconds is None
             else gradient_seconds / (graded * sizes.length_tokens),
             logits=sizes.hidden_size * sizes.vocabulary * seconds_per_product,
@@ -95,7 +100,7 @@ class Pace:
 def estimate_seconds(preset: Preset, pace: Pace) -> float:
     """How long statistics, search and refit would take with these values."""
     graded = Method.parse(preset.method).graded(preset.gradient_sequences, preset.calibration_sequences)
-    seconds = pace.forward * preset.calibration_sequences * preset.calibration_tokens
+    seconds = (pace.forward + pace.grams) * preset.calibration_sequences * preset.calibration_tokens
     seconds += pace.backward * graded * preset.calibration_tokens
     seconds += SOLVES * pace.solve if preset.refit != "none" else 0.0
     mode, passes = parse_refit(preset.refit)

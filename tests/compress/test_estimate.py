@@ -1,6 +1,6 @@
 """The estimated time of a preset follows what was measured, and what the preset asks for."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -8,6 +8,7 @@ from edgeprune.estimate import BACKWARD, LOGITS, PATHS, PRODUCTS, RULES, SCORE_S
 from edgeprune.memory import Sizes
 from edgeprune.presets import Preset
 from edgeprune.refit import PASSES
+from edgeprune.statistics import GRAM_STRIP
 
 SIZES = Sizes(
     outside_bytes=0,
@@ -27,27 +28,34 @@ SIZES = Sizes(
     length_tokens=50,
 )
 PLAIN = Preset("", "wanda-sp", "protect", "least-squares", 64, 100, 32)
-PACE = Pace(forward=1e-3, backward=3e-3, logits=1e-4, solve=2.0)
+PACE = Pace(forward=1e-3, grams=5e-4, backward=3e-3, logits=1e-4, solve=2.0)
 
 
 def test_pace_is_seconds_per_token() -> None:
     pace = Pace.of(SIZES, 4.0, 1.0, 2, had_grams=True)
-    assert pace.forward == pytest.approx(4.0 / 400)
+    assert pace.forward + pace.grams == pytest.approx(4.0 / 400)
+    assert pace.grams == pytest.approx(pace.forward * (16**2 + 40**2) / 1000)
     assert pace.backward == pytest.approx(1.0 / 100)
-    assert pace.logits == pytest.approx(pace.forward * 16 * 100 / (5 * (1000 + 16**2 + 40**2)))
+    assert pace.logits == pytest.approx(pace.forward * 16 * 100 / (5 * 1000))
     assert pace.solve > 0
 
 
 def test_what_was_not_measured_is_a_multiple_of_what_was() -> None:
     pace = Pace.of(SIZES, 4.0, None, 0, had_grams=False)
     assert pace.backward == pytest.approx(BACKWARD * 4.0 / 400)
-    assert pace.forward == pytest.approx(4.0 / 400 * (1 + (16**2 + 40**2) / 1000))
-    assert pace.solve == pytest.approx(Pace.of(SIZES, 400 * pace.forward, None, 0, had_grams=True).solve)
+    assert pace.forward == pytest.approx(4.0 / 400)
+    with_grams = Pace.of(SIZES, 400 * (pace.forward + pace.grams), None, 0, had_grams=True)
+    assert asdict(pace) == pytest.approx(asdict(with_grams))
+
+
+def test_a_large_gram_matrix_takes_half_of_its_products() -> None:
+    pace = Pace.of(replace(SIZES, inner=(4 * GRAM_STRIP,)), 4.0, None, 0, had_grams=True)
+    assert pace.grams == pytest.approx(pace.forward * 10 * GRAM_STRIP**2 / 1000)
 
 
 def test_time_of_a_preset_without_gradients() -> None:
-    assert estimate_seconds(replace(PLAIN, refit="none"), PACE) == pytest.approx(6.4)
-    assert estimate_seconds(PLAIN, PACE) == pytest.approx(6.4 + 5 * 2.0)
+    assert estimate_seconds(replace(PLAIN, refit="none"), PACE) == pytest.approx(9.6)
+    assert estimate_seconds(PLAIN, PACE) == pytest.approx(9.6 + 5 * 2.0)
 
 
 def test_gradients_count_for_the_sequences_that_they_see() -> None:
