@@ -39,6 +39,9 @@ DOUBLE = 4
 RULES = 7
 """So many cuts of fixed rules are refitted and judged, also by a search before its first round."""
 
+JUDGED_LOGITS = 2
+"""A cut is judged by its logits and the dense model's."""
+
 SCORE_SOLVES = 12
 """Scores of another method that are compared: at most (`obs`) as long as so many systems."""
 
@@ -116,7 +119,7 @@ def _search_seconds(preset: Preset, pace: Pace) -> float:
         return 0.0
     held_out = preset.calibration_sequences // HELD_OUT_EVERY
     tokens = judging_sequences(held_out, preset.calibration_tokens) * preset.calibration_tokens
-    of_rules = RULES * (tokens * pace.forward + pace.solve)
+    of_rules = RULES * (tokens * (pace.forward + JUDGED_LOGITS * pace.logits) + pace.solve)
     if name == "judged":
         others = len(judged.methods(argument or None))
         return (1 + others) * of_rules + others * SCORE_SOLVES * pace.solve

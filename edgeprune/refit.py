@@ -134,7 +134,7 @@ def refit(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor, mo
 
 
 def refit_unjudged(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor) -> torch.Tensor:
-    """The kept columns `(D, S)` by least squares at the ridge `DAMPING`; of all else see `refit`."""
+    """The kept columns `(D, S)` by least squares at the ridge `DAMPING`, and nothing of how that went; see `refit`."""
     sides = _sides(weight, moments, kept_columns)
     inputs = _Inputs.all(moments, *sides)
     update = _fit(weight[:, sides[1]].double(), inputs, "least-squares", DAMPING)
@@ -260,7 +260,11 @@ def _switches(model_type: str) -> Mapping[Kind, str | None]:
 
 
 def _sides(weight: torch.Tensor, moments: Moments, kept_columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the inputs that stay, and of those that go."""
+    """Indices of the inputs that stay, and of those that go.
+
+    Raises:
+        EdgepruneError: if the moments are not finite.
+    """
     if not all(bool(torch.isfinite(known).all()) for known in (moments.gram, moments.mean)):
         raise EdgepruneError(
             f"the moments of {weight.shape[1]} inputs are not finite; expected finite calibration activations: "

@@ -80,7 +80,7 @@ def test_a_search_takes_its_rounds_or_its_minutes() -> None:
     plain = estimate_seconds(PLAIN, PACE)
     rounds = [estimate_seconds(replace(PLAIN, allocation=f"search:{n}"), PACE) - plain for n in (1, 4)]
     rules = estimate_seconds(replace(PLAIN, allocation="judged"), PACE) - plain
-    assert rules == pytest.approx(RULES * (8 * 100 * 1e-3 + 2.0))
+    assert rules == pytest.approx(RULES * (8 * 100 * (1e-3 + 2 * 1e-4) + 2.0))
     compared = estimate_seconds(replace(PLAIN, allocation="judged:obs,magnitude"), PACE) - plain
     assert compared == pytest.approx(3 * rules + 2 * SCORE_SOLVES * 2.0)
     assert rounds[1] - rules == pytest.approx(4 * (rounds[0] - rules))
