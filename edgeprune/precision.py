@@ -13,7 +13,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 _SIDE = 768  # large enough to leave the caches of one core, small enough for dozens of repeats in half a second
 _ROUNDS = 4  # the formats take turns, so that a burst of other work does not hit only one of them
 _WORTH_IT = 1.5  # bfloat16 rounds; a gain below this is within the noise of the probe and not worth its error
-_HOPELESS = 4.0
+_HOPELESS = 4.0  # so many times slower in one round, and no other round would change the answer
 
 
 @functools.cache

@@ -762,7 +762,7 @@ def scores_of(group: Group) -> str:
 class InputSums:
     """Sums over the tokens that a Linear has read: X^T X `(K, K)`, the sum of inputs `(K,)`, and their number.
 
-    Of X^T X, which is symmetric, the part above the diagonal is right; only half of the rest is computed.
+    Of X^T X, which is symmetric, only the diagonal and what lies above it count.
     """
 
     def __init__(self, inputs: int) -> None:

@@ -40,7 +40,6 @@ from edgeprune_runtime.validate import validate
 GRAPH = "onnx/model.onnx"
 ALL = Sparsity("2:4", "wanda", "all", "hardware", "none")
 PAPER = Sparsity("2:4", "dass", "mlp", "paper", "none")
-"""The Linears and their pattern, and the output features of each."""
 
 
 def calibration() -> Calibration:
