@@ -39,6 +39,7 @@ class Graph:
         accuracy_level: of the products with blocks of integers; None without such.
         block: bits, block size and symmetry of the first of these products; None without such.
         table_bits: of the last of them, which is the head; None without such.
+        writes_in_place: new keys and values can be written behind the old ones.
     """
 
     file: Path
@@ -47,6 +48,7 @@ class Graph:
     accuracy_level: int | None
     block: tuple[int, int, bool] | None
     table_bits: int | None
+    writes_in_place: bool
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -81,6 +83,7 @@ def read_graph(file: Path) -> Graph:
     read = [weight for weight in weights if readers[weight.name] - LOOKUPS]
     places = {entry.value for weight in weights for entry in weight.external_data if entry.key == "location"}
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
     ends = [{each.name: each.i for each in node.attribute} for node in products[:1] + products[-1:]]
     first, last = ends or ({}, {})
     return Graph(
@@ -90,6 +93,7 @@ def read_graph(file: Path) -> Graph:
         first.get("accuracy_level", 0) if products else None,
         (first["bits"], first["block_size"], _has_no_zero_points(products[0])) if products else None,
         last.get("bits"),
+        bool(attention),
     )
 
 

@@ -42,6 +42,7 @@ class Model:
     """What is measured: a file for an engine, under the name that tables call it.
 
     `unpacked_bytes` are those of the files that a packed graph was made from; None where nothing is packed.
+    `writes_in_place` is that of an ONNX graph; llama.cpp always does.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Model:
     head_dim: int
     accuracy_level: int | None = None
     unpacked_bytes: int | None = None
+    writes_in_place: bool = False
 
     @property
     def load_bytes(self) -> int:
@@ -68,7 +70,8 @@ class Model:
     def identity(self) -> list[Any]:
         """What tells these files from others of the same name."""
         stats = [file.stat() for file in self.files]
-        return [self.engine, str(self.files[0]), *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
+        files = ((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        return [self.engine, self.writes_in_place, str(self.files[0]), *files]
 
 
 @dataclass(frozen=True)

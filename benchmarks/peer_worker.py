@@ -3,7 +3,8 @@
 Standard input holds a request, the last line of standard output what came of it. Other people's runtimes have
 environments of their own, so this file needs numpy and the one package that its engine is made of, nothing of ours:
 
-    onnx    a graph in ONNX Runtime; the cache goes from outputs to inputs by IO binding
+    onnx    a graph in ONNX Runtime; the cache is written in place where the graph can, as llama.cpp does, and else
+            goes from outputs to inputs by IO binding
     llama   a GGUF file in llama.cpp, through the C functions of llama-cpp-python
     read    no model: how long two passes of memory take, for the floor under decoding
 """
@@ -68,9 +69,11 @@ class Onnx:
         if unknown := inputs.keys() - {*self._fed, *self._past}:
             raise ValueError(f"{request['file']} has inputs that the loop does not know: {sorted(unknown)}")
         self._present = [name.replace("past_key_values", "present") for name in self._past]
+        self._in_place = request["writes_in_place"]
+        slots = request["context_tokens"] if self._in_place else 0
         # The heads are numbers in every graph; some leave the last dimension to a name.
         self._shapes = {
-            name: (1, inputs[name].shape[1], 0, _number(inputs[name].shape[3], request["head_dim"]))
+            name: (1, inputs[name].shape[1], slots, _number(inputs[name].shape[3], request["head_dim"]))
             for name in self._past
         }
         self._vocabulary = request["vocab_size"]
@@ -101,10 +104,15 @@ class Onnx:
             binding.bind_ortvalue_input(name, value)
         logits = np.empty((1, len(ids), self._vocabulary), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
-        for name in self._present:
-            binding.bind_output(name, "cpu")
+        for name, value in zip(self._present, self._cache, strict=True):
+            if self._in_place:
+                binding.bind_ortvalue_output(name, value)
+            else:
+                binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        self._cache, self._tokens = binding.get_outputs()[1:], total
+        if not self._in_place:
+            self._cache = binding.get_outputs()[1:]
+        self._tokens = total
         return logits[0] if every else logits[0, -1:]
 
 

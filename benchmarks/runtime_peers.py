@@ -208,7 +208,8 @@ def _of_graph(name: str, graph: Graph, bundle: Bundle) -> Model:
     """A graph of the same shape as a bundle's."""
     manifest, python = bundle.manifest, Path(sys.executable)
     shape = manifest.vocab_size, manifest.layers[0].head_dim
-    return Model(name, "onnx", python, graph.files, graph.token_bytes, *shape, graph.accuracy_level)
+    model = Model(name, "onnx", python, graph.files, graph.token_bytes, *shape, graph.accuracy_level)
+    return replace(model, writes_in_place=graph.writes_in_place)
 
 
 def _texts(path: Path | None, dense: Bundle) -> list[list[int]]:
@@ -267,6 +268,7 @@ def ask(model: Model, request: Mapping[str, Any]) -> dict[str, Any]:
         "files": list(map(str, model.files)),
         "vocab_size": model.vocab_size,
         "head_dim": model.head_dim,
+        "writes_in_place": model.writes_in_place,
         "cold": False,
         "texts": [],
         **request,

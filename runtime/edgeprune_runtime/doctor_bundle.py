@@ -13,7 +13,7 @@ from edgeprune_runtime.doctor import GENAI, MIN_GENAI, Finding, Here, Level, dot
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.packed import find_packed
 from edgeprune_runtime.report import format_bytes
-from edgeprune_runtime.session import ORT_ERRORS, PREFILL_CHUNK_TOKENS, make_session, provider_name
+from edgeprune_runtime.session import ORT_ERRORS, PREFILL_CHUNK_TOKENS, make_session, provider_name, writes_in_place
 from edgeprune_runtime.untrusted import Fields, Json, read_json
 
 CHAT_TOKENS = 1024
@@ -24,8 +24,8 @@ BASE_BYTES = 80 << 20
 
 HOW_ESTIMATED = (
     "what is needed is an estimate: weights once (mapped from the file, so the kernel can take pages back), the KV "
-    f"cache twice (a step's old and new one), logits of two pieces of a prompt, the rotary table of the whole context, "
-    f"{BASE_BYTES >> 20} MiB for the rest"
+    "cache (twice where a step cannot write its keys and values behind the old ones), logits of two pieces of a "
+    f"prompt, the rotary table of the whole context, {BASE_BYTES >> 20} MiB for the rest"
 )
 ESTIMATES_ADVICE = "edgeprune bench BUNDLE measures; --memory LIMIT tries a smaller device"
 
@@ -39,10 +39,17 @@ HALF = "tensor(float16)"
 
 @dataclass(frozen=True)
 class Numbers:
-    """How a variant computes: bytes of a number in its KV cache, and whether all is turned into float32 beside it."""
+    """How a variant computes.
+
+    Attributes:
+        kv_bytes: of a number in its KV cache.
+        are_widened: all is turned into float32 beside it.
+        kv_copies: of the cache; 2 where a step's new one stands beside the old one.
+    """
 
     kv_bytes: int
     are_widened: bool = False
+    kv_copies: int = 2
 
     def kv_per_token(self, bundle: Bundle) -> int:
         """Bytes of one token's keys and values over all layers."""
@@ -135,7 +142,12 @@ def _examine_variant(bundle: Bundle, here: Here, provider: str, *, is_broken: bo
         yield replace(problem, advice=checked_with) if newer else problem
         return
     yield Finding("ok", name, f"ONNX Runtime {here.onnxruntime} has every operator of its graph, on {provider}")
-    numbers = Numbers(2, are_widened=provider == "cpu" and "fp16" not in here.features) if kv_type == HALF else FLOAT32
+    is_half = kv_type == HALF
+    numbers = Numbers(
+        kv_bytes=2 if is_half else 4,
+        are_widened=is_half and provider == "cpu" and "fp16" not in here.features,
+        kv_copies=1 if writes_in_place(bundle, provider, kv_type) else 2,
+    )
     yield _examine_room(bundle, here, numbers)
     if provider == "cpu" and (slow := _examine_precision(bundle, here)) is not None:
         yield slow
@@ -192,16 +204,16 @@ def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> i
     """Memory that a variant takes with so many tokens in its context; an estimate, not a bound.
 
     The weights count once: they are mapped from the file, and where kernels rearrange a copy, the mapped pages are
-    given back. Keys and values count twice, as a step's old and new ones stand beside each other, and so do the logits
-    of a piece of a long prompt. A head of small integers is turned into float32 where a prompt is multiplied by it.
-    Cosines and sines of all positions are computed when a graph of the decoder kind is loaded; a file in the ORT format
-    holds them.
+    given back. Keys and values count twice where a step's old and new ones stand beside each other; the logits of a
+    piece of a long prompt always do. A head of small integers is turned into float32 where a prompt is multiplied by
+    it. Cosines and sines of all positions are computed when a graph of the decoder kind is loaded; a file in the ORT
+    format holds them.
     """
     manifest = bundle.manifest
     is_quantised = bundle.size_bytes < manifest.parameters.all * numbers.kv_bytes // 2
     head = 4 * manifest.vocab_size * manifest.hidden_size if is_quantised else 0
     logits = 4 * manifest.vocab_size * min(2 * PREFILL_CHUNK_TOKENS, tokens)
-    cache = 2 * numbers.kv_per_token(bundle) * tokens
+    cache = numbers.kv_copies * numbers.kv_per_token(bundle) * tokens
     widened = 2 * (bundle.size_bytes + cache) if numbers.are_widened else 0
     has_table = bundle.variant.graph_source == "decoder" and not bundle.ort_file
     table = 4 * max(layer.head_dim for layer in manifest.layers) * manifest.context_tokens if has_table else 0

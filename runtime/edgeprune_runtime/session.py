@@ -190,11 +190,13 @@ def provider_name(provider: str) -> str:
 class KvCache:
     """Keys and values of a batch, as ONNX Runtime left them, and which of their slots are real tokens.
 
-    `mask` is (B, S) bool.
+    `mask` is (B, S) bool. `room_tokens` is how many slots `values` have where new tokens are written in place behind
+    the old ones; None where each run gives values of its own.
     """
 
     values: tuple["OrtValue", ...]
     mask: npt.NDArray[np.bool_]
+    room_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -206,6 +208,7 @@ class Decoder:
     """A bundle's graph in a session: `prefill` takes prompts, `step` one more token for each row.
 
     The KV cache goes from a run's outputs to the next run's inputs inside ONNX Runtime, without a copy through numpy.
+    ONNX Runtime itself copies all of it at every token, unless it was given room for the tokens to come.
 
     How padding reaches the graph depends on the manifest's `padding`. With "both" a row's prompt may stand anywhere in
     the first mask, with zeros before and behind it but none between its tokens: in a first prompt the fused attention
@@ -257,9 +260,18 @@ class Decoder:
         )
         self._inputs = _check_signature(bundle.manifest, graph, self.session)
         self._cache_device = _CACHE_DEVICE.get(provider, "cpu")
+        kv_type = self._inputs["past_key_values.0.key"]
+        self._cache_dtype = _DTYPES[kv_type]
+        self._writes_in_place = writes_in_place(bundle, provider, kv_type)
 
-    def prefill(self, rows: Sequence[Sequence[int] | Ids], *, side: Side | None = None) -> tuple[Logits, KvCache]:
+    def prefill(
+        self, rows: Sequence[Sequence[int] | Ids], *, side: Side | None = None, room_tokens: int = 0
+    ) -> tuple[Logits, KvCache]:
         """Logits (B, V) float32 behind the last token of each row, and the cache that holds the rows.
+
+        With `room_tokens` the cache has room for so many tokens more and takes them in place, which is faster the more
+        tokens it holds. Then a cache and the one that continues it are the same memory: two continuations of one cache
+        are not to be used in turns. Where the graph or the provider cannot do it, each step gives a cache of its own.
 
         Rows of unequal lengths are padded on `side`; None takes the side that the bundle's graph is right with. One row
         goes in by pieces, which bounds its logits; several go in at once, because the fused attention of the CPU takes
@@ -274,7 +286,8 @@ class Decoder:
         check_context(self.manifest, width)
         ids, mask = self.pad(rows, side)
         piece_tokens = PREFILL_CHUNK_TOKENS if len(rows) == 1 else width
-        logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens])
+        empty = self._empty_cache(len(rows), width + room_tokens) if room_tokens and self._writes_in_place else None
+        logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens], empty)
         for start in range(piece_tokens, width, piece_tokens):
             logits, cache = self.forward(ids[:, start : start + piece_tokens], cache=cache)
         last = logits.shape[1] - 1 - mask[:, : -logits.shape[1] - 1 : -1].argmax(1)
@@ -323,19 +336,23 @@ class Decoder:
         Raises:
             EdgepruneError: if the context length is exceeded, a token id is outside the vocabulary, or the graph does
                 not take such a mask, or several rows of several tokens behind a cache.
+            ValueError: if the cache has no room for them.
         """
         batch, width = ids.shape
-        past = cache.tokens if cache else 0
+        cache = cache or self._empty_cache(batch)
+        past = cache.tokens
         check_context(self.manifest, past + width)
+        if cache.room_tokens is not None and past + width > cache.room_tokens:
+            raise ValueError(f"{past + width} tokens do not fit a cache with room for {cache.room_tokens}")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.manifest.vocab_size:
             raise EdgepruneError(
                 f"token id {int(ids.max())} is outside the bundle's vocabulary of {self.manifest.vocab_size}; "
                 "the tokens are of another tokenizer"
             )
         new = np.ones((batch, width), bool) if mask is None else mask
-        before = cache.mask if cache else np.zeros((batch, 0), bool)
+        before = cache.mask
         full = self._full_mask(before, new)
-        if cache and min(batch, width) > 1 and self.bundle.variant.graph_source == "decoder":
+        if past and min(batch, width) > 1 and self.bundle.variant.graph_source == "decoder":
             raise EdgepruneError(
                 f"{batch} rows of {width} new tokens behind a cache were given; this bundle's fused attention takes "
                 "one row or one token there, so give the rows one by one"
@@ -345,7 +362,7 @@ class Decoder:
             positions = before.sum(1, keepdims=True) + new.cumsum(1) - 1
             feeds["position_ids"] = np.maximum(positions, 0).astype(np.int64)
         logits, values = self._run(feeds, cache, out)
-        return logits, KvCache(values, full)
+        return logits, KvCache(values, full, cache.room_tokens)
 
     def _full_mask(self, before: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         if self.manifest.padding == "both":
@@ -365,36 +382,47 @@ class Decoder:
         filled: npt.NDArray[np.bool_] = np.arange(before.shape[1] + new.shape[1]) < (before.sum(1) + lengths)[:, None]
         return filled
 
-    def _run(
-        self, feeds: dict[str, Ids], cache: KvCache | None, out: Logits | None
-    ) -> tuple[Logits, tuple["OrtValue", ...]]:
+    def _run(self, feeds: dict[str, Ids], cache: KvCache, out: Logits | None) -> tuple[Logits, tuple["OrtValue", ...]]:
         batch, width = feeds["input_ids"].shape
         binding = self.session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
-        past = cache.values if cache else self._empty_past(batch)
-        for index, value in enumerate(past):
-            layer, part = divmod(index, 2)
-            binding.bind_ortvalue_input(f"past_key_values.{layer}.{'value' if part else 'key'}", value)
+        in_place = cache.room_tokens is not None
         logits = out if out is not None else np.empty((batch, width, self.manifest.vocab_size), np.float32)
         if logits.shape != (batch, width, self.manifest.vocab_size) or not logits.flags.c_contiguous:
             raise ValueError(f"out has shape {logits.shape}, not that of the logits")
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
-        for layer in range(len(self.manifest.layers)):
-            binding.bind_output(f"present.{layer}.key", self._cache_device)
-            binding.bind_output(f"present.{layer}.value", self._cache_device)
+        for index, value in enumerate(cache.values):
+            layer, part = divmod(index, 2)
+            name = f"{layer}.{'value' if part else 'key'}"
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            if in_place:
+                binding.bind_ortvalue_output(f"present.{name}", value)
+            else:
+                binding.bind_output(f"present.{name}", self._cache_device)
         try:
             self.session.run_with_iobinding(binding)
         except MemoryError as error:
             raise OutOfMemoryError(f"not enough memory for {batch} x {width} tokens") from error
         except ORT_ERRORS as error:
             raise _ort_error(f"ONNX Runtime failed on {batch} x {width} tokens", error) from error
-        return logits, tuple(binding.get_outputs()[1:])
+        return logits, cache.values if in_place else tuple(binding.get_outputs()[1:])
 
-    def _empty_past(self, batch: int) -> tuple["OrtValue", ...]:
-        shapes = [(batch, layer.kv_heads, 0, layer.head_dim) for layer in self.manifest.layers for _ in range(2)]
-        dtype = _DTYPES[self._inputs["past_key_values.0.key"]]
-        return tuple(onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(shape, dtype)) for shape in shapes)
+    def _empty_cache(self, batch: int, room_tokens: int | None = None) -> KvCache:
+        slots = room_tokens or 0  # no page of them is taken before it is written
+        shapes = [(batch, layer.kv_heads, slots, layer.head_dim) for layer in self.manifest.layers for _ in range(2)]
+        arrays = (np.empty(shape, self._cache_dtype) for shape in shapes)
+        values = tuple(onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays)
+        return KvCache(values, np.zeros((batch, 0), bool), room_tokens)
+
+
+def writes_in_place(bundle: Bundle, provider: str, kv_type: str) -> bool:
+    """Whether new keys and values, of this ONNX type, can be written behind the old ones.
+
+    Only GroupQueryAttention does so. It was tried on the CPU alone, and in float32: a CPU that has no kernel for
+    another type turns all of it into float32 and back, room that is empty included.
+    """
+    return bundle.variant.graph_source == "decoder" and provider == "cpu" and _DTYPES.get(kv_type) is np.float32
 
 
 def check_context(manifest: Manifest, tokens: int) -> None:

@@ -193,8 +193,12 @@ def _check_greedy(decoder: Decoder, cases: list[GoldenCase]) -> Check:
 
 
 def _continuation(decoder: Decoder, ids: Ids, following: Ids) -> Iterator[Logits]:
-    """Logits (V,) that predict each of the following tokens, which are then fed whatever the logits said."""
-    logits, cache = decoder.prefill([ids])
+    """Logits (V,) that predict each of the following tokens, which are then fed whatever the logits said.
+
+    The cache is continued in place, as it is when text is generated; the cached steps of the other checks are not.
+    """
+    room_tokens = min(len(following), decoder.manifest.context_tokens - len(ids))
+    logits, cache = decoder.prefill([ids], room_tokens=room_tokens)
     for token in following:
         yield logits[0]
         if cache.tokens < decoder.manifest.context_tokens:

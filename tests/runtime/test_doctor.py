@@ -17,6 +17,7 @@ from edgeprune_runtime.doctor_bundle import Numbers, estimate_bytes, examine_bun
 from edgeprune_runtime.errors import EdgepruneError
 
 GIB = 1 << 30
+IN_PLACE = Numbers(4, kv_copies=1)
 SERVER = Here(
     python="3.11.7",
     edgeprune="0.1.0",
@@ -226,7 +227,7 @@ def test_provider_that_is_missing_is_a_problem_of_the_variant(both_folder: Path)
 
 def test_bundle_that_does_not_fit_is_a_problem(both_folder: Path) -> None:
     bundle = open_bundle(both_folder)
-    tight = replace(SERVER, memory_limit_bytes=estimate_bytes(bundle, 96) - 1)
+    tight = replace(SERVER, memory_limit_bytes=estimate_bytes(bundle, 96, IN_PLACE) - 1)
     problem = about(examine_bundle(both_folder, tight), "fp32")[1]
     assert problem.level == "problem"
     assert "take a smaller variant" in problem.advice
@@ -235,7 +236,7 @@ def test_bundle_that_does_not_fit_is_a_problem(both_folder: Path) -> None:
 def test_tokens_that_fit_are_named_where_the_whole_context_does_not(folder: Path) -> None:
     edit_manifest(folder, context_tokens=100_000)
     bundle = open_bundle(folder)
-    here = replace(SERVER, memory_limit_bytes=estimate_bytes(bundle, 5_050))
+    here = replace(SERVER, memory_limit_bytes=estimate_bytes(bundle, 5_050, IN_PLACE))
     note = about(examine_bundle(folder, here), "fp32")[1]
     assert (note.level, note.figures["tokens_that_fit"]) == ("note", 5_000)
     assert note.advice == "keep to about 5,000 tokens"
@@ -369,6 +370,8 @@ def test_estimate_grows_with_context_weights_and_a_rounded_head(both_folder: Pat
     assert estimate_bytes(bundle, 0) == doctor_bundle.BASE_BYTES + bundle.size_bytes + table_bytes
     per_token = estimate_bytes(bundle, 5_000) - estimate_bytes(bundle, 4_999)
     assert per_token == 2 * bundle.kv_bytes_per_token
+    in_place = estimate_bytes(bundle, 5_000, IN_PLACE) - estimate_bytes(bundle, 4_999, IN_PLACE)
+    assert in_place == bundle.kv_bytes_per_token
     assert estimate_bytes(bundle, 5_000, Numbers(2)) < estimate_bytes(bundle, 5_000)
     assert estimate_bytes(bundle, 5_000, Numbers(2, are_widened=True)) > estimate_bytes(bundle, 5_000)
     manifest = bundle.manifest

@@ -1,6 +1,7 @@
 """Greedy and sampled generation, and why it stops."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from edgeprune_runtime.bundle import open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.generate import Generation, Sampling
 from edgeprune_runtime.golden import load_golden
-from edgeprune_runtime.session import Decoder
+from edgeprune_runtime.session import Decoder, KvCache, Logits
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
@@ -26,6 +27,20 @@ def test_greedy_gives_the_golden_tokens(decoder: Decoder) -> None:
         generation = Generation(decoder, case.ids.tolist(), max_new_tokens=len(case.greedy))
         assert list(generation) == case.greedy.tolist()
         assert generation.stop_reason == "length"
+
+
+def test_cache_is_written_in_place(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: set[tuple[int, ...]] = set()
+    step = Decoder.step
+
+    def recorded(self: Decoder, ids: Sequence[int], cache: KvCache) -> tuple[Logits, KvCache]:
+        logits, after = step(self, ids, cache)
+        places.update(tuple(value.data_ptr() for value in each.values) for each in (cache, after))
+        return logits, after
+
+    monkeypatch.setattr(Decoder, "step", recorded)
+    assert len(list(Generation(decoder, [5, 6], max_new_tokens=9))) == 9
+    assert len(places) == 1
 
 
 def test_stops_before_an_end_token(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

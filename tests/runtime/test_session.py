@@ -35,22 +35,26 @@ def right(right_folder: Path) -> Decoder:
     return Decoder(open_bundle(right_folder), threads=1)
 
 
+@pytest.mark.parametrize("room_tokens", [0, 19, 40])
 @pytest.mark.parametrize("split", [1, 7, 19])
-def test_cached_decoding_equals_full_forward(both: Decoder, right: Decoder, split: int) -> None:
+def test_cached_decoding_equals_full_forward(both: Decoder, right: Decoder, split: int, room_tokens: int) -> None:
     for decoder in (both, right):
         ids = np.array([ROWS[0]])
         full, _ = decoder.forward(ids)
-        logits, cache = decoder.prefill([ids[0, :split]])
+        logits, cache = decoder.prefill([ids[0, :split]], room_tokens=room_tokens)
         np.testing.assert_allclose(logits, full[:, split - 1], atol=ATOL)
         for index in range(split, ids.shape[1]):
             logits, cache = decoder.step(ids[:, index], cache)
             np.testing.assert_allclose(logits, full[:, index], atol=ATOL)
 
 
+@pytest.mark.parametrize("room_tokens", [0, 3, 8])
 @pytest.mark.parametrize(("padding", "side"), [("both", "left"), ("both", "right"), ("right", "right")])
-def test_rows_of_a_padded_batch_equal_rows_alone(both: Decoder, right: Decoder, padding: str, side: Side) -> None:
+def test_rows_of_a_padded_batch_equal_rows_alone(
+    both: Decoder, right: Decoder, padding: str, side: Side, room_tokens: int
+) -> None:
     decoder = both if padding == "both" else right
-    batch, cache = decoder.prefill(ROWS, side=side)
+    batch, cache = decoder.prefill(ROWS, side=side, room_tokens=room_tokens)
     alone = [decoder.prefill([row]) for row in ROWS]
     for token in (3, 77, 200):
         np.testing.assert_allclose(batch, np.concatenate([logits for logits, _ in alone]), atol=ATOL)
@@ -74,9 +78,39 @@ def test_long_prompt_goes_in_by_pieces(both: Decoder, monkeypatch: pytest.Monkey
     assert PREFILL_CHUNK_TOKENS > 20
     whole, _ = both.prefill([ROWS[0]])
     monkeypatch.setattr("edgeprune_runtime.session.PREFILL_CHUNK_TOKENS", 6)
-    pieces, cache = both.prefill([ROWS[0]])
-    np.testing.assert_allclose(pieces, whole, atol=ATOL)
-    assert cache.tokens == len(ROWS[0])
+    for room_tokens in (0, 2):
+        pieces, cache = both.prefill([ROWS[0]], room_tokens=room_tokens)
+        np.testing.assert_allclose(pieces, whole, atol=ATOL)
+        assert cache.tokens == len(ROWS[0])
+
+
+def test_cache_with_room_stays_where_it_is_and_may_be_continued_anew(both: Decoder, right: Decoder) -> None:
+    for decoder in (both, right):
+        _, before = decoder.prefill([ROWS[0]], room_tokens=2)
+        places = [value.data_ptr() for value in before.values]
+        first, after = decoder.step([3], before)
+        second, last = decoder.step([77], after)
+        assert all([value.data_ptr() for value in cache.values] == places for cache in (after, last))
+        again, after = decoder.step([3], before)
+        np.testing.assert_array_equal(again, first)
+        np.testing.assert_array_equal(decoder.step([77], after)[0], second)
+        with pytest.raises(ValueError, match=f"{len(ROWS[0]) + 3} tokens do not fit"):
+            decoder.step([3], last)
+
+
+def test_cache_without_room_is_left_as_it_was(both: Decoder) -> None:
+    _, before = both.prefill([ROWS[0]])
+    held = [value.numpy().copy() for value in before.values]
+    _, after = both.step([3], before)
+    assert not {value.data_ptr() for value in before.values} & {value.data_ptr() for value in after.values}
+    for value, was in zip(before.values, held, strict=True):
+        np.testing.assert_array_equal(value.numpy(), was)
+
+
+def test_graph_without_fused_attention_gives_each_step_a_cache_of_its_own(plain: Path) -> None:
+    _, cache = Decoder(open_bundle(plain), threads=1).prefill([ROWS[0]], room_tokens=2)
+    assert cache.room_tokens is None
+    assert all(value.shape()[2] == len(ROWS[0]) for value in cache.values)
 
 
 @pytest.mark.parametrize("padding", ["both", "right"])
