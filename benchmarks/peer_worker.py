@@ -87,6 +87,7 @@ class Onnx:
         """Forget all tokens."""
         empty = self._ort.OrtValue.ortvalue_from_numpy
         self._cache = [empty(np.empty(self._shapes[name], self._dtype)) for name in self._past]
+        self._binding = self._bind() if self._in_place else None
         self._tokens = 0
 
     def forward(self, ids: npt.NDArray[np.int64], *, every: bool = False) -> Logits:
@@ -97,23 +98,27 @@ class Onnx:
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(self._tokens, total)[None],
         }
-        binding = self._session.io_binding()
+        binding = self._binding or self._bind()
         for name in self._fed:
             binding.bind_cpu_input(name, feeds[name])
-        for name, value in zip(self._past, self._cache, strict=True):
-            binding.bind_ortvalue_input(name, value)
         logits = np.empty((1, len(ids), self._vocabulary), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
-        for name, value in zip(self._present, self._cache, strict=True):
-            if self._in_place:
-                binding.bind_ortvalue_output(name, value)
-            else:
-                binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
         if not self._in_place:
-            self._cache = binding.get_outputs()[1:]
+            self._cache = binding.get_outputs()[:-1]
         self._tokens = total
         return logits[0] if every else logits[0, -1:]
+
+    def _bind(self) -> Any:
+        """A binding of the cache, which stays where it is if it is written in place."""
+        binding = self._session.io_binding()
+        for past, present, value in zip(self._past, self._present, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            if self._in_place:
+                binding.bind_ortvalue_output(present, value)
+            else:
+                binding.bind_output(present, "cpu")
+        return binding
 
 
 class Llama:

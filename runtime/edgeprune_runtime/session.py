@@ -17,7 +17,7 @@ from edgeprune_runtime.packed import PackedCopy, usable_packed
 from edgeprune_runtime.tensorrt import for_engine, shape_profile
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, OrtValue
+    from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -187,16 +187,24 @@ def provider_name(provider: str) -> str:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Slots for tokens to come, and what binds them to the graph, as they stay where they are."""
+
+    tokens: int
+    binding: "IOBinding"
+
+
+@dataclass(frozen=True)
 class KvCache:
     """Keys and values of a batch, as ONNX Runtime left them, and which of their slots are real tokens.
 
-    `mask` is (B, S) bool. `room_tokens` is how many slots `values` have where new tokens are written in place behind
-    the old ones; None where each run gives values of its own.
+    `mask` is (B, S) bool. With `room`, new tokens are written in place behind the old ones; without, each run gives
+    values of its own.
     """
 
     values: tuple["OrtValue", ...]
     mask: npt.NDArray[np.bool_]
-    room_tokens: int | None = None
+    room: Room | None = None
 
     @property
     def tokens(self) -> int:
@@ -342,8 +350,8 @@ class Decoder:
         cache = cache or self._empty_cache(batch)
         past = cache.tokens
         check_context(self.manifest, past + width)
-        if cache.room_tokens is not None and past + width > cache.room_tokens:
-            raise ValueError(f"{past + width} tokens do not fit a cache with room for {cache.room_tokens}")
+        if cache.room and past + width > cache.room.tokens:
+            raise ValueError(f"{past + width} tokens do not fit a cache with room for {cache.room.tokens}")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.manifest.vocab_size:
             raise EdgepruneError(
                 f"token id {int(ids.max())} is outside the bundle's vocabulary of {self.manifest.vocab_size}; "
@@ -362,7 +370,7 @@ class Decoder:
             positions = before.sum(1, keepdims=True) + new.cumsum(1) - 1
             feeds["position_ids"] = np.maximum(positions, 0).astype(np.int64)
         logits, values = self._run(feeds, cache, out)
-        return logits, KvCache(values, full, cache.room_tokens)
+        return logits, KvCache(values, full, cache.room)
 
     def _full_mask(self, before: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         if self.manifest.padding == "both":
@@ -384,15 +392,25 @@ class Decoder:
 
     def _run(self, feeds: dict[str, Ids], cache: KvCache, out: Logits | None) -> tuple[Logits, tuple["OrtValue", ...]]:
         batch, width = feeds["input_ids"].shape
-        binding = self.session.io_binding()
+        binding = cache.room.binding if cache.room else self._bind(cache.values, in_place=False)
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
-        in_place = cache.room_tokens is not None
         logits = out if out is not None else np.empty((batch, width, self.manifest.vocab_size), np.float32)
         if logits.shape != (batch, width, self.manifest.vocab_size) or not logits.flags.c_contiguous:
             raise ValueError(f"out has shape {logits.shape}, not that of the logits")
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
-        for index, value in enumerate(cache.values):
+        try:
+            self.session.run_with_iobinding(binding)
+        except MemoryError as error:
+            raise OutOfMemoryError(f"not enough memory for {batch} x {width} tokens") from error
+        except ORT_ERRORS as error:
+            raise _ort_error(f"ONNX Runtime failed on {batch} x {width} tokens", error) from error
+        return logits, cache.values if cache.room else tuple(binding.get_outputs()[:-1])
+
+    def _bind(self, values: tuple["OrtValue", ...], *, in_place: bool) -> "IOBinding":
+        """A binding of the cache, to which a run adds the rest; logits come last among its outputs."""
+        binding = self.session.io_binding()
+        for index, value in enumerate(values):
             layer, part = divmod(index, 2)
             name = f"{layer}.{'value' if part else 'key'}"
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -400,20 +418,15 @@ class Decoder:
                 binding.bind_ortvalue_output(f"present.{name}", value)
             else:
                 binding.bind_output(f"present.{name}", self._cache_device)
-        try:
-            self.session.run_with_iobinding(binding)
-        except MemoryError as error:
-            raise OutOfMemoryError(f"not enough memory for {batch} x {width} tokens") from error
-        except ORT_ERRORS as error:
-            raise _ort_error(f"ONNX Runtime failed on {batch} x {width} tokens", error) from error
-        return logits, cache.values if in_place else tuple(binding.get_outputs()[1:])
+        return binding
 
     def _empty_cache(self, batch: int, room_tokens: int | None = None) -> KvCache:
         slots = room_tokens or 0  # no page of them is taken before it is written
         shapes = [(batch, layer.kv_heads, slots, layer.head_dim) for layer in self.manifest.layers for _ in range(2)]
         arrays = (np.empty(shape, self._cache_dtype) for shape in shapes)
         values = tuple(onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays)
-        return KvCache(values, np.zeros((batch, 0), bool), room_tokens)
+        room = Room(room_tokens, self._bind(values, in_place=True)) if room_tokens else None
+        return KvCache(values, np.zeros((batch, 0), bool), room)
 
 
 def writes_in_place(bundle: Bundle, provider: str, kv_type: str) -> bool:

@@ -109,7 +109,7 @@ def test_cache_without_room_is_left_as_it_was(both: Decoder) -> None:
 
 def test_graph_without_fused_attention_gives_each_step_a_cache_of_its_own(plain: Path) -> None:
     _, cache = Decoder(open_bundle(plain), threads=1).prefill([ROWS[0]], room_tokens=2)
-    assert cache.room_tokens is None
+    assert cache.room is None
     assert all(value.shape()[2] == len(ROWS[0]) for value in cache.values)
 
 
