@@ -1,10 +1,11 @@
-"""`edgeprune export`: a checkpoint folder, dense or pruned, becomes a bundle that is proven to compute the same."""
+"""`edgeprune export`: a model, dense or pruned, becomes a bundle that is proven to compute the same."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from edgeprune.cli.rounding import AccuracyLevel, BlockSize, Symmetric, TableBit
 
 if TYPE_CHECKING:
     from edgeprune.cli.stages import Stages
+    from edgeprune.sources import Source
     from edgeprune_export.gptq import RoundingData
     from edgeprune_export.targets import Target
     from edgeprune_runtime.bundle import Manifest
@@ -25,8 +27,13 @@ CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 64, 512
 
 @app.command(rich_help_panel="On the workstation")
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a dense or pruned checkpoint.", show_default=False)
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Dense or pruned: folder of a checkpoint, hub id, .gguf file, or smollm2-135m.",
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.", show_default=False)],
     target: Annotated[str | None, typer.Option(help=TARGET_HELP, show_default=False)] = None,
@@ -61,7 +68,7 @@ def export(
         int | None, typer.Option(help=f"Tokens of each sequence; default: {CALIBRATION_TOKENS}.", show_default=False)
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What to call the model; default: from the checkpoint.", show_default=False)
+        str | None, typer.Option(help="What to call the model; default: its own name.", show_default=False)
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text to compare on; default: a few built-in paragraphs.", show_default=False)
@@ -101,40 +108,39 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle, once the new one is complete.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks.")] = False,
 ) -> None:
-    """Export a checkpoint to an ONNX bundle. Exit code 1, and no bundle, if it does not compute what torch computes."""
+    """Export a model to an ONNX bundle. Exit code 1, and no bundle, if it does not compute what torch computes."""
     need("compress", "torch", "transformers", "safetensors", "onnx", "onnx_ir")
+    # read once, by the imports below: bars of other libraries would run across ours
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from edgeprune.cli.stages import Stages
-    from edgeprune.configs import load_config
+    from edgeprune.sources import open_source
     from edgeprune_export.exporting import check_bundle
     from edgeprune_export.exporting import export as write_bundle
     from edgeprune_export.model_card import Origin
     from edgeprune_export.quantize import as_options, with_gates
-    from edgeprune_export.targets import choose
+    from edgeprune_export.targets import check_names, choose
     from edgeprune_runtime.errors import EdgepruneError, GateError
     from edgeprune_runtime.limits import parse_size
     from edgeprune_runtime.output import check_apart
     from edgeprune_runtime.text import read_text
 
-    if not checkpoint.is_dir():
-        raise EdgepruneError(
-            f"{str(checkpoint)!r} is not a folder; give that of a checkpoint, or prune with `edgeprune compress "
-            f"{checkpoint}`, which takes hub ids and .gguf files too and writes checkpoint and bundle"
-        )
-    check_apart(output, checkpoint, *(Path(each) for each in (calibration, text) if each))
+    details: dict[str, Any] = {
+        "block_size": block_size,
+        "is_symmetric": symmetric,
+        "accuracy_level": accuracy_level,
+        "table_bits": table_bits,
+    }
+    check_names(target, precision, **details)
     check_bundle(output, force=force)
-    choice = choose(
-        target,
-        load_config(checkpoint).model_type,
-        graph_source=graph_source,
-        precision=precision,
-        block_size=block_size,
-        is_symmetric=symmetric,
-        accuracy_level=accuracy_level,
-        table_bits=table_bits,
-    )
+    source = open_source(model, trust_remote_code)
+    check_apart(output, source.path, *(Path(each) for each in (calibration, text) if each))
+    choice = choose(target, source.model_type, graph_source=graph_source, precision=precision, **details)
     precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement, max_greedy_flips)
     if calibration is not None and not any(each.is_data_aware for each in precisions):
         raise EdgepruneError(
@@ -147,9 +153,8 @@ def export(
     max_memory_bytes = None if max_memory is None else parse_size(max_memory)
     texts = None if text is None else [read_text(text).text]
     stages = Stages(quiet)
-    with _stock_form(checkpoint, output, stages) as folder:
-        if folder != checkpoint:
-            name = name or checkpoint.resolve().name
+    with _stock_form(source, output, stages) as folder:
+        is_as_given = folder == source.path
         rounding = None
         if calibration is not None:
             with stages.stage("calibration text"):
@@ -160,14 +165,15 @@ def export(
                 output,
                 graph_source=choice.graph_source,
                 force=force,
-                name=name,
+                name=name or (None if is_as_given else Path(source.title).name.removesuffix(".gguf")),
+                made_from=None if is_as_given else source.description,
                 texts=texts,
                 precisions=precisions,
                 rounding=rounding,
                 max_memory_bytes=max_memory_bytes,
                 target=choice.target,
                 notes=choice.notes,
-                origin=Origin.of_folder(checkpoint),  # `folder` may be a converted copy, which has no card
+                origin=Origin.of_source(source),  # `folder` may be a converted copy, which has no card
                 progress=step,
             )
     if not quiet:
@@ -181,23 +187,27 @@ def export(
 
 
 @contextmanager
-def _stock_form(checkpoint: Path, output: Path, stages: "Stages") -> Iterator[Path]:
-    """The checkpoint; where it has a form of its own, a converted copy beside the output while the code inside runs."""
+def _stock_form(source: "Source", output: Path, stages: "Stages") -> Iterator[Path]:
+    """The model's own folder if it is a stock checkpoint, else a converted copy, which is there while the code runs.
+
+    The copy lies beside the output.
+    """
     from tempfile import TemporaryDirectory
 
     from edgeprune.cli.opening import convert
     from edgeprune.configs import unpacking
-    from edgeprune.sources import load_tokenizer, open_source
+    from edgeprune.sources import gguf_read_once, load_tokenizer, stored_folder
 
-    if unpacking(checkpoint) is None:
-        yield checkpoint
+    with stages.stage("open the model"):
+        stored = stored_folder(source)
+    if stored is not None and unpacking(stored) is None:
+        yield stored
         return
-    source = open_source(str(checkpoint))
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}.", suffix=".part", dir=parent) as place:
-        folder = Path(place) / checkpoint.resolve().name
-        with stages.stage("convert the checkpoint"):
+        folder = Path(place) / "checkpoint"
+        with stages.stage("convert the checkpoint"), gguf_read_once():
             convert(source, load_tokenizer(source), folder)
         yield folder
 

@@ -94,6 +94,7 @@ def export(
     graph_source: str = "auto",
     force: bool = False,
     name: str | None = None,
+    made_from: str | None = None,
     texts: Sequence[str] | None = None,
     precisions: Sequence[Precision] = (FLOAT32,),
     rounding: RoundingData | None = None,
@@ -111,6 +112,7 @@ def export(
         graph_source: Who builds the graph, of `GRAPH_SOURCES`; "auto" asks the architecture.
         force: Replace a bundle that stands at `out`.
         name: What to call the model; None takes it from the plan or the folder.
+        made_from: The model in words, for one without a plan; None is the folder's name.
         texts: Real text for parity and golden data; None takes a few built-in paragraphs.
         precisions: One variant for each, the default one first. One whose weights are rounded is compared with a torch
             model of the same weights, and with the float32 model. Of several, one whose weights lose too much by that
@@ -181,7 +183,7 @@ def export(
                 records[data_file(precision.name)] = record
         if not variants:
             raise GateError("; ".join(failed))
-        manifest = replace(_manifest(checkpoint, weights, parameters, variants, plan, name), results=found)
+        manifest = replace(_manifest(checkpoint, weights, parameters, variants, plan, name, made_from), results=found)
         manifest = replace(
             manifest,
             target=target.name if target else None,
@@ -274,8 +276,9 @@ def _manifest(
     variants: Mapping[str, Variant],
     plan: PrunePlan | None,
     name: str | None,
+    made_from: str | None,
 ) -> Manifest:
-    origin = plan.model if plan else checkpoint.resolve().name
+    origin = plan.model if plan else made_from or checkpoint.resolve().name
     name = name or (f"{Path(origin).name} (pruned)" if plan else Path(origin).name)
     config = weights.config
     tokens = _special_tokens(checkpoint, config)

@@ -9,7 +9,9 @@ import onnx_ir as ir
 import pytest
 import typer
 from commandline import Outcome, invoke, save_toy
+from gguf_toy import save_gguf
 
+from edgeprune import sources
 from edgeprune.cli import app
 from edgeprune.journal import work_folder
 from edgeprune_export import quantize
@@ -208,12 +210,32 @@ def test_export_refuses_what_would_change_nothing(
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "owner/model", "model.gguf"])
-def test_export_says_who_takes_names(name: str, tmp_path: Path) -> None:
-    refused(
-        invoke("export", name, "-o", tmp_path / "bundle", "--quiet"),
-        f"{name!r} is not a folder; give that of a checkpoint, or prune with `edgeprune compress {name}`, which takes",
-    )
+def test_export_takes_what_compress_takes(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client is played by a local folder."""
+    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(sources, "hf_hub_download", lambda _, file, **__: str(model_folder / file))
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(model_folder))
+    done = invoke("export", "somebody/a-model", "-o", tmp_path / "bundle", "--quiet")
+    assert done.code == 0, done.err
+    model = open_bundle(tmp_path / "bundle").manifest.model
+    assert model.name == "a-model"
+    assert model.source.startswith("somebody/a-model from the Hugging Face hub (llama, revision ")
+    assert 'base_model: "somebody/a-model"' in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_export_converts_a_gguf_file_first_and_leaves_no_copy(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    done = invoke("export", save_gguf(tmp_path / "a-model.gguf"), "-o", tmp_path / "there" / "bundle", "--quiet")
+    assert done.code == 0, done.err
+    model = open_bundle(tmp_path / "there" / "bundle").manifest.model
+    assert (model.name, model.source) == ("a-model", "a-model, F32 from GGUF")
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["bundle"]
+
+
+def test_export_names_what_is_no_model_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_text("")
+    for name, message in (("nothing-like-it", "unknown model"), (tmp_path / "weights.pt", "no .gguf file")):
+        refused(invoke("export", name, "-o", tmp_path / "bundle", "--quiet"), message)
 
 
 def test_block_that_does_not_divide_the_hidden_size_is_refused_with_those_that_do(

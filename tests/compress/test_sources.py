@@ -8,12 +8,12 @@ from typing import Any
 
 import baichuan
 import gguf
-import numpy as np
 import pytest
 import torch
 import toys
 from cuts import prefill, some_ids
 from exported import pruned
+from gguf_toy import save_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -120,38 +120,8 @@ def test_damaged_gguf(content: bytes, tmp_path: Path) -> None:
     assert "as GGUF" in refusal(tmp_path / "model.gguf")
 
 
-GGUF_SIZES = {
-    "context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64,
-    "attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 8,
-}  # fmt: skip
-
-
-def gguf_file(file: Path, **sizes: int) -> Path:
-    """A Llama of one block as GGUF; its metadata may say other sizes than its tensors have."""
-    writer = gguf.GGUFWriter(str(file), "llama")
-    for key, size in (GGUF_SIZES | sizes).items():
-        writer.add_uint32(f"llama.{key}", size)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e"])
-    writer.add_token_scores([0.0] * 8)
-    writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 1])
-    shapes = {
-        "token_embd": (8, 32), "output_norm": (32,), "output": (8, 32), "blk.0.attn_q": (32, 32),
-        "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.attn_norm": (32,),
-        "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64), "blk.0.ffn_norm": (32,),
-    }  # fmt: skip
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
 def test_gguf_loads_and_says_what_it_is(tmp_path: Path) -> None:
-    file = gguf_file(tmp_path / "model.gguf")
+    file = save_gguf(tmp_path / "model.gguf")
     source = open_source(str(file))
     assert (source.kind, source.model_type, source.description) == ("gguf", "llama", "model, F32 from GGUF")
     assert load(source).config.head_dim == sources.describe(str(file)).config.head_dim == 8
@@ -172,14 +142,14 @@ def test_gguf_loads_and_says_what_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_gguf_metadata_is_not_believed(key: str, size: int, tmp_path: Path) -> None:
-    file = gguf_file(tmp_path / "model.gguf", **{key: size})
+    file = save_gguf(tmp_path / "model.gguf", **{key: size})
     assert f"says {key} {size}; expected 1 to" in refusal(file)
     with pytest.raises(EdgepruneError, match=f"says {key} {size}"):
         sources.describe(str(file))
 
 
 def test_gguf_heads_that_cannot_share_are_refused(tmp_path: Path) -> None:
-    file = gguf_file(tmp_path / "model.gguf", **{"attention.head_count_kv": 3})
+    file = save_gguf(tmp_path / "model.gguf", **{"attention.head_count_kv": 3})
     with pytest.raises(EdgepruneError, match=r"model\.gguf: a layer's query heads are no multiple of its KV heads"):
         sources.describe(str(file))
     assert "model.gguf" in refusal(file)
