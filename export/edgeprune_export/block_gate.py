@@ -42,7 +42,7 @@ from edgeprune_export.quantize import RoundedWeights, round_weights
 from edgeprune_export.reference import Logits
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import GoldenCase
-from edgeprune_runtime.session import ORT_ERRORS, make_session
+from edgeprune_runtime.session import LOGITS_TO_KEEP, ORT_ERRORS, make_session
 
 STAGE_FILE = ".stage.onnx"
 """A part of a graph, beside it, so that it finds the weights."""
@@ -88,7 +88,7 @@ def check_by_blocks(
         judged = []
     if parity_only:
         golden = []
-    calls = parity_calls(texts, "both")
+    calls = parity_calls(texts, "both", keeps_logits=True)
     parity_count = len(calls)
     for text in judged:
         add_prefill(calls, "fidelity", text)
@@ -231,12 +231,16 @@ class _GraphSide:
     def head(self) -> Iterator[Callable[[int], Logits]]:
         """What gives the logits (B, T, V) of a call, for as long as the code inside runs."""
         with self._stage(list(self._boundaries[-1]), ["logits"]) as run:
-            yield lambda index: run(self._flow[index])["logits"].astype(np.float32, copy=False)
+            yield lambda index: run({**self._flow[index], **self._calls[index].switches})["logits"].astype(
+                np.float32, copy=False
+            )
 
     @contextmanager
     def _stage(self, inputs: Sequence[str], outputs: Sequence[str]) -> Iterator[Callable[[Values], Values]]:
         """A part of the graph in a session."""
         part = ir.convenience.extract(self._model.graph, inputs, outputs)
+        if (switch := part.initializers.get(LOGITS_TO_KEEP)) is not None:
+            part.inputs.append(switch)  # of which extracting makes a constant
         file = self._graph.with_name(STAGE_FILE)
         ir.save(ir.Model(part, ir_version=self._model.ir_version), file)
         try:

@@ -38,6 +38,7 @@ from edgeprune_export.positions import Rotation, context_tokens, layer_kind, rot
 from edgeprune_export.quantize import RoundedWeights
 from edgeprune_export.weights import Array
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.session import LOGITS_TO_KEEP
 
 IR_VERSION = 10
 FIRST_NORM = "model.layers.0.input_layernorm"
@@ -187,7 +188,7 @@ class _Builder(GraphWriter):
                 next_norm="model.norm" if is_last else f"model.layers.{layer + 1}.input_layernorm",
             )
             on_layer((layer + 1) / len(self._widths))
-        logits = self._lm_head(normed, embedding)
+        logits = self._lm_head(self._kept(normed), embedding)
         if self.dtype != ir.DataType.FLOAT:
             logits = self.op("Cast", [logits], "logits/float", {"to": ir.DataType.FLOAT.value})
         shape = (*interface.LOGITS_SHAPE, self._config.vocab_size)
@@ -403,6 +404,17 @@ class _Builder(GraphWriter):
     def _norm_weight(self, name: str) -> ir.Value:
         weight: Array = self.weights.read(f"{name}.weight")
         return self.initializer(f"{name}.weight", weight + np.float32(self._traits.norm_offset))
+
+    def _kept(self, x: ir.Value) -> ir.Value:
+        """The last positions of x, as many as the caller wants logits of; all of them if he says nothing."""
+        count = self.constant(LOGITS_TO_KEEP, np.array([0], np.int64))
+        self.graph.inputs.append(count)  # so that it can be overridden; sessions do not show it as an input
+        begin = self.op("Neg", [count], "lm_head/begin")
+        end = self.constant("lm_head/end", np.array([np.iinfo(np.int64).max]))
+        axis = self.constant("lm_head/axis", np.array([1]))
+        kept = self.op("Slice", [x, begin, end, axis], "lm_head/kept")
+        shape = (interface.LOGITS_SHAPE[0], "logits_length", self._config.hidden_size)
+        return interface.describe(kept, "lm_head/kept/output", self.dtype, shape)
 
     def _lm_head(self, x: ir.Value, embedding: Table) -> ir.Value:
         if self._config.tie_word_embeddings:

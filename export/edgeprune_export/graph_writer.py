@@ -236,7 +236,7 @@ class GraphWriter:
         attributes: Attributes = {"axis": 0, "num_outputs": 2}
         coarse, fine = self.multi_op("Split", [products], f"{name}/halves", attributes, outputs=2)
         for value, part in ((coarse, "coarse"), (fine, "fine")):
-            interface.describe(value, f"{name}/{part}", self.dtype, (*TOKENS, outputs))
+            interface.describe(value, f"{name}/{part}", self.dtype, (*_tokens(x), outputs))
         smaller = self.op("Mul", [fine, self.scalar("coarser", 1 / (2 * STEPS))], f"{name}/smaller")
         return self.op("Mul", [self.op("Add", [coarse, smaller], f"{name}/sum"), found.sizes], f"{name}/sized")
 
@@ -252,7 +252,8 @@ class GraphWriter:
         missed = self.op("Sub", [even, self.op("Round", [even], f"{name}/coarse")], f"{name}/missed")
         fine = self.op("Mul", [missed, self.scalar("finer", 2 * STEPS)], f"{name}/fine")
         halves = self.op("Concat", [even, fine], f"{name}/halves", {"axis": 0})
-        interface.describe(halves, f"{name}/halves", self.dtype, (f"twice_{TOKENS[0]}", *TOKENS[1:], width))
+        batch, length = _tokens(x)
+        interface.describe(halves, f"{name}/halves", self.dtype, (f"twice_{batch}", length, width))
         numbers = self.op("QuantizeLinear", [halves, self.scalar("one_float", 1), self._middle()], name)
         self._rounded_inputs[x] = _RoundedInput(numbers, sizes)
         return self._rounded_inputs[x]
@@ -268,3 +269,8 @@ class GraphWriter:
         """`x` cut into stretches of its last dimension."""
         lengths = self.constant(f"{name}/sizes", np.array(sizes, np.int64))
         return self.multi_op("Split", [x, lengths], f"{name}/split", {"axis": -1}, outputs=len(sizes))
+
+
+def _tokens(x: ir.Value) -> tuple[str, ...]:
+    """Names of the first sizes of a value, where it has some of its own."""
+    return TOKENS if x.shape is None else tuple(str(size) for size in x.shape[: len(TOKENS)])

@@ -234,6 +234,7 @@ def _fold_constants(model: onnx.ModelProto, file: Path) -> None:
     """
     graph = model.graph
     known = {tensor.name for tensor in graph.initializer if not uses_external_data(tensor)} | {""}
+    known -= {value.name for value in graph.input}  # a caller may override these
     folded: list[onnx.NodeProto] = []
     left: list[onnx.NodeProto] = []
     for node in graph.node:  # which stand in the order of their computation

@@ -9,9 +9,10 @@ All of it but the greedy continuation is known before anything runs: a list of `
 model makes them block by block (`edgeprune_export.block_gate`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
 
 import numpy as np
@@ -25,7 +26,7 @@ from edgeprune_export.reference import Logits, kv_shapes, logits_of
 from edgeprune_export.sample_text import windows
 from edgeprune_runtime.bundle import Padding
 from edgeprune_runtime.errors import EdgepruneError, GateError
-from edgeprune_runtime.session import ORT_ERRORS, PREFILL_CHUNK_TOKENS, make_session
+from edgeprune_runtime.session import LOGITS_TO_KEEP, ORT_ERRORS, PREFILL_CHUNK_TOKENS, keeps_logits, make_session
 
 # float32 sums in another order differ by 1e-4 of a logit on real models; any real mistake by far more.
 DEFAULT_TOLERANCE = 1e-3
@@ -106,7 +107,7 @@ def check_parity(
     """
     runner = Runner(model, graph, threads)
     texts = parity_texts(sequences, context_tokens(model.config))
-    calls = parity_calls(texts, padding)
+    calls = parity_calls(texts, padding, keeps_logits=runner.keeps_logits)
     comparison = Comparison(tolerance, max_kl)
     references = [logits_of(model, text) for text in texts]
     try:
@@ -161,7 +162,8 @@ class Place:
 class Call:
     """One run of a graph: `ids` (B, T) with `mask` (B, slots), behind the cache of an earlier call of the list, if any.
 
-    `name` says which way of use it is. What it gives is compared at `places`.
+    `name` says which way of use it is. What it gives is compared at `places`. With `last` it asks for the logits of the
+    last column alone, (B, 1, V).
     """
 
     name: str
@@ -169,6 +171,12 @@ class Call:
     mask: Mask
     before: int | None
     places: tuple[Place, ...]
+    last: bool = False
+
+    @property
+    def switches(self) -> dict[str, Mask]:
+        """What the call overrides."""
+        return {LOGITS_TO_KEEP: np.array([1])} if self.last else {}
 
 
 def parity_texts(sequences: Sequence[Sequence[int]], context: int) -> list[list[int]]:
@@ -182,8 +190,11 @@ def parity_texts(sequences: Sequence[Sequence[int]], context: int) -> list[list[
     return [texts[0], *rows]
 
 
-def parity_calls(texts: Sequence[Sequence[int]], padding: Padding) -> list[Call]:
-    """Every way of use but greedy decoding, on `parity_texts`."""
+def parity_calls(texts: Sequence[Sequence[int]], padding: Padding, *, keeps_logits: bool) -> list[Call]:
+    """Every way of use but greedy decoding, on `parity_texts`.
+
+    `keeps_logits`: the graph can be asked for the logits of the last column alone.
+    """
     calls: list[Call] = []
     text, *rows = texts
     for length in (1, min(ODD_TOKENS, len(text) - 1), len(text) - 1):
@@ -200,6 +211,10 @@ def parity_calls(texts: Sequence[Sequence[int]], padding: Padding) -> list[Call]
     sides: tuple[Side, ...] = ("left", "right", "mixed") if padding == "both" else ("right",)
     for side in sides:
         _add_batch(calls, rows, side)
+    if keeps_logits:
+        ids = np.array([text], np.int64)
+        end = slice(len(text) - 1, len(text))
+        calls.append(Call("last logits", ids, np.ones_like(ids), None, (Place(0, slice(0, 1), 0, end),), last=True))
     return calls
 
 
@@ -329,6 +344,7 @@ class Runner:
             self._session: InferenceSession = make_session(graph, threads=threads)
         except EdgepruneError as error:
             raise GateError(f"parity of {graph.name} failed: {error}") from error
+        self.keeps_logits = keeps_logits(self._session)
         self._cache_dtype = np.float16 if _keeps_half(self._session) else np.float32
         self._past_names = [
             interface.past_name(layer, part) for layer in range(len(self._kv_shapes)) for part in interface.PARTS
@@ -348,7 +364,7 @@ class Runner:
         caches: dict[int, Sequence[Cache]] = {}
         for index, call in enumerate(calls):
             cache = self._empty(len(call.ids)) if call.before is None else caches[call.before]
-            logits, caches[index] = self._run(call.ids, call.mask, cache)
+            logits, caches[index] = self._run(call.ids, call.mask, cache, call.switches)
             for name in [name for name in caches if last_reader.get(name, -1) <= index]:
                 del caches[name]
             yield logits
@@ -376,8 +392,15 @@ class Runner:
             for _ in interface.PARTS
         ]
 
-    def _run(self, ids: Mask, mask: Mask, cache: Sequence[Cache]) -> tuple[Logits, Sequence[Cache]]:
-        feeds = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past_names, cache, strict=True))}
+    def _run(
+        self, ids: Mask, mask: Mask, cache: Sequence[Cache], switches: Mapping[str, Mask] = MappingProxyType({})
+    ) -> tuple[Logits, Sequence[Cache]]:
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **dict(zip(self._past_names, cache, strict=True)),
+            **switches,
+        }
         # Only dense tensors come out of these graphs; ONNX Runtime's own type allows for every kind of value.
         logits, *presents = cast("list[Logits]", self._session.run(self._outputs, feeds))
         return logits, presents

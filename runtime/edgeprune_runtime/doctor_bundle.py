@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnxruntime
 
@@ -13,8 +14,18 @@ from edgeprune_runtime.doctor import GENAI, MIN_GENAI, Finding, Here, Level, dot
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.packed import find_packed
 from edgeprune_runtime.report import format_bytes
-from edgeprune_runtime.session import ORT_ERRORS, PREFILL_CHUNK_TOKENS, make_session, provider_name, writes_in_place
+from edgeprune_runtime.session import (
+    ORT_ERRORS,
+    PREFILL_CHUNK_TOKENS,
+    keeps_logits,
+    make_session,
+    provider_name,
+    writes_in_place,
+)
 from edgeprune_runtime.untrusted import Fields, Json, read_json
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 CHAT_TOKENS = 1024
 """A short conversation: what a bundle must at least hold to be of use."""
@@ -24,8 +35,8 @@ BASE_BYTES = 80 << 20
 
 HOW_ESTIMATED = (
     "what is needed is an estimate: weights once (mapped from the file, so the kernel can take pages back), the KV "
-    "cache (twice where a step cannot write its keys and values behind the old ones), logits of two pieces of a "
-    f"prompt, the rotary table of the whole context, {BASE_BYTES >> 20} MiB for the rest"
+    "cache (twice where a step cannot write its keys and values behind the old ones), logits (of two pieces of a "
+    f"prompt where all are computed), the rotary table of the whole context, {BASE_BYTES >> 20} MiB for the rest"
 )
 ESTIMATES_ADVICE = "edgeprune bench BUNDLE measures; --memory LIMIT tries a smaller device"
 
@@ -45,11 +56,13 @@ class Numbers:
         kv_bytes: of a number in its KV cache.
         are_widened: all is turned into float32 beside it.
         kv_copies: of the cache; 2 where a step's new one stands beside the old one.
+        keeps_logits: of a prompt the logits of the last position alone are computed.
     """
 
     kv_bytes: int
     are_widened: bool = False
     kv_copies: int = 2
+    keeps_logits: bool = False
 
     def kv_per_token(self, bundle: Bundle) -> int:
         """Bytes of one token's keys and values over all layers."""
@@ -133,7 +146,7 @@ def _examine_variant(bundle: Bundle, here: Here, provider: str, *, is_broken: bo
         yield Finding("problem", name, "its files are damaged", "copy the bundle again, whole")
         return
     try:
-        kv_type = _load(bundle, provider)
+        session = _load(bundle, provider)
     except EdgepruneError as error:
         made_with = bundle.manifest.versions.get("onnxruntime")
         newer = made_with and release(made_with) > release(here.onnxruntime)
@@ -142,11 +155,13 @@ def _examine_variant(bundle: Bundle, here: Here, provider: str, *, is_broken: bo
         yield replace(problem, advice=checked_with) if newer else problem
         return
     yield Finding("ok", name, f"ONNX Runtime {here.onnxruntime} has every operator of its graph, on {provider}")
+    kv_type = {node.name: str(node.type) for node in session.get_inputs()}.get("past_key_values.0.key", "")
     is_half = kv_type == HALF
     numbers = Numbers(
         kv_bytes=2 if is_half else 4,
         are_widened=is_half and provider == "cpu" and "fp16" not in here.features,
         kv_copies=1 if writes_in_place(bundle, provider, kv_type) else 2,
+        keeps_logits=keeps_logits(session),
     )
     yield _examine_room(bundle, here, numbers)
     if provider == "cpu" and (slow := _examine_precision(bundle, here)) is not None:
@@ -172,8 +187,8 @@ def _examine_packed(bundle: Bundle, provider: str, *, verify: bool) -> Iterator[
         yield Finding("note", name, f"runs without its packed copy: {packed.refusal}", packed.advice(name))
 
 
-def _load(bundle: Bundle, provider: str) -> str:
-    """Load a variant's graph and return the ONNX type of its KV cache.
+def _load(bundle: Bundle, provider: str) -> "InferenceSession":
+    """A variant's graph, loaded to be looked at.
 
     On the CPU the weights stay in the file, neither rearranged nor folded, so that this takes a moment and next to no
     memory; another provider has to load it as it would for a run.
@@ -182,22 +197,19 @@ def _load(bundle: Bundle, provider: str) -> str:
         EdgepruneError: if ONNX Runtime cannot.
     """
     if provider != "cpu":
-        session = make_session(bundle.graph_path, provider=provider, is_sparse=bundle.is_sparse)
-    else:
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        try:
-            session = onnxruntime.InferenceSession(str(bundle.graph_path), options, providers=[provider_name(provider)])
-        except LOAD_ERRORS as error:
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
-            raise EdgepruneError(
-                f"ONNX Runtime cannot load {bundle.graph_path}: {reason}; make the bundle again"
-            ) from error
-    types = {node.name: str(node.type) for node in session.get_inputs()}
-    return types.get("past_key_values.0.key", "")
+        return make_session(bundle.graph_path, provider=provider, is_sparse=bundle.is_sparse)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        return onnxruntime.InferenceSession(str(bundle.graph_path), options, providers=[provider_name(provider)])
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise EdgepruneError(
+            f"ONNX Runtime cannot load {bundle.graph_path}: {reason}; make the bundle again"
+        ) from error
 
 
 def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> int:
@@ -205,14 +217,14 @@ def estimate_bytes(bundle: Bundle, tokens: int, numbers: Numbers = FLOAT32) -> i
 
     The weights count once: they are mapped from the file, and where kernels rearrange a copy, the mapped pages are
     given back. Keys and values count twice where a step's old and new ones stand beside each other; the logits of a
-    piece of a long prompt always do. A head of small integers is turned into float32 where a prompt is multiplied by
-    it. Cosines and sines of all positions are computed when a graph of the decoder kind is loaded; a file in the ORT
-    format holds them.
+    piece of a long prompt do where all of them are computed. A head of small integers is turned into float32 where a
+    prompt is multiplied by it; where it is not, other buffers of a long prompt take that much (measured). Cosines and
+    sines of all positions are computed when a graph of the decoder kind is loaded; a file in the ORT format holds them.
     """
     manifest = bundle.manifest
     is_quantised = bundle.size_bytes < manifest.parameters.all * numbers.kv_bytes // 2
     head = 4 * manifest.vocab_size * manifest.hidden_size if is_quantised else 0
-    logits = 4 * manifest.vocab_size * min(2 * PREFILL_CHUNK_TOKENS, tokens)
+    logits = 4 * manifest.vocab_size * (1 if numbers.keeps_logits else min(2 * PREFILL_CHUNK_TOKENS, tokens))
     cache = numbers.kv_copies * numbers.kv_per_token(bundle) * tokens
     widened = 2 * (bundle.size_bytes + cache) if numbers.are_widened else 0
     has_table = bundle.variant.graph_source == "decoder" and not bundle.ort_file

@@ -57,6 +57,10 @@ _DTYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float1
 # A long prompt goes in by pieces, so that its logits (tokens x vocabulary x 4 bytes) never take much memory.
 PREFILL_CHUNK_TOKENS = 512
 
+LOGITS_TO_KEEP = "num_logits_to_keep"
+"""An initializer of a graph that a caller may override: of how many last positions there are logits. 0, its own value,
+is all of them; runtimes that know nothing of it get these. A prompt needs the last one's alone."""
+
 # ONNX Runtime derives its errors from Exception one by one and shares no parent between them.
 ORT_ERRORS: tuple[type[Exception], ...] = (
     ort_errors.EPFail,
@@ -267,6 +271,9 @@ class Decoder:
             graph, provider=provider, threads=self.threads, is_sparse=bundle.is_sparse, shapes=shapes
         )
         self._inputs = _check_signature(bundle.manifest, graph, self.session)
+        self._keeps_logits = keeps_logits(self.session)
+        # values, since ONNX Runtime binds an array by the name of an input alone
+        self._kept = tuple(onnxruntime.OrtValue.ortvalue_from_numpy(np.array([count], np.int64)) for count in (0, 1))
         self._cache_device = _CACHE_DEVICE.get(provider, "cpu")
         kv_type = self._inputs["past_key_values.0.key"]
         self._cache_dtype = _DTYPES[kv_type]
@@ -295,11 +302,12 @@ class Decoder:
         ids, mask = self.pad(rows, side)
         piece_tokens = PREFILL_CHUNK_TOKENS if len(rows) == 1 else width
         empty = self._empty_cache(len(rows), width + room_tokens) if room_tokens and self._writes_in_place else None
-        logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens], empty)
+        last = bool(mask[:, -1].all())
+        logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens], empty, last=last)
         for start in range(piece_tokens, width, piece_tokens):
-            logits, cache = self.forward(ids[:, start : start + piece_tokens], cache=cache)
-        last = logits.shape[1] - 1 - mask[:, : -logits.shape[1] - 1 : -1].argmax(1)
-        return logits[np.arange(len(rows)), last], cache
+            logits, cache = self.forward(ids[:, start : start + piece_tokens], cache=cache, last=last)
+        columns = logits.shape[1] - 1 - mask[:, : -logits.shape[1] - 1 : -1].argmax(1)
+        return logits[np.arange(len(rows)), columns], cache
 
     def step(self, ids: Sequence[int] | Ids, cache: KvCache) -> tuple[Logits, KvCache]:
         """Logits (B, V) float32 after one more token per row, `ids` (B,), and the cache that holds it too."""
@@ -331,6 +339,7 @@ class Decoder:
         mask: npt.NDArray[np.bool_] | None = None,
         cache: KvCache | None = None,
         *,
+        last: bool = False,
         out: Logits | None = None,
     ) -> tuple[Logits, KvCache]:
         """Logits (B, T, V) float32 of new tokens behind a cache, and the cache with them.
@@ -339,7 +348,8 @@ class Decoder:
             ids: (B, T) int64.
             mask: (B, T) bool, False at padding; None means none is padding.
             cache: What came before; None at the start.
-            out: A (B, T, V) float32 buffer, C-contiguous, to take the logits.
+            last: Logits of the last column alone, (B, 1, V): most of the time the head needs for a prompt is saved.
+            out: A float32 buffer of the shape of all logits, C-contiguous, to take them; not for `last`.
 
         Raises:
             EdgepruneError: if the context length is exceeded, a token id is outside the vocabulary, or the graph does
@@ -369,8 +379,8 @@ class Decoder:
         if "position_ids" in self._inputs:
             positions = before.sum(1, keepdims=True) + new.cumsum(1) - 1
             feeds["position_ids"] = np.maximum(positions, 0).astype(np.int64)
-        logits, values = self._run(feeds, cache, out)
-        return logits, KvCache(values, full, cache.room)
+        logits, values = self._run(feeds, cache, out, last=last)
+        return logits[:, -1:] if last else logits, KvCache(values, full, cache.room)
 
     def _full_mask(self, before: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         if self.manifest.padding == "both":
@@ -390,13 +400,18 @@ class Decoder:
         filled: npt.NDArray[np.bool_] = np.arange(before.shape[1] + new.shape[1]) < (before.sum(1) + lengths)[:, None]
         return filled
 
-    def _run(self, feeds: dict[str, Ids], cache: KvCache, out: Logits | None) -> tuple[Logits, tuple["OrtValue", ...]]:
+    def _run(
+        self, feeds: dict[str, Ids], cache: KvCache, out: Logits | None, *, last: bool
+    ) -> tuple[Logits, tuple["OrtValue", ...]]:
         batch, width = feeds["input_ids"].shape
         binding = cache.room.binding if cache.room else self._bind(cache.values, in_place=False)
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
-        logits = out if out is not None else np.empty((batch, width, self.manifest.vocab_size), np.float32)
-        if logits.shape != (batch, width, self.manifest.vocab_size) or not logits.flags.c_contiguous:
+        if self._keeps_logits:
+            binding.bind_ortvalue_input(LOGITS_TO_KEEP, self._kept[last])
+        shape = (batch, 1 if last and self._keeps_logits else width, self.manifest.vocab_size)
+        logits = out if out is not None else np.empty(shape, np.float32)
+        if logits.shape != shape or not logits.flags.c_contiguous:
             raise ValueError(f"out has shape {logits.shape}, not that of the logits")
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         try:
@@ -427,6 +442,11 @@ class Decoder:
         values = tuple(onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays)
         room = Room(room_tokens, self._bind(values, in_place=True)) if room_tokens else None
         return KvCache(values, np.zeros((batch, 0), bool), room)
+
+
+def keeps_logits(session: "InferenceSession") -> bool:
+    """Whether a graph computes the logits of the last position alone if it is asked to."""
+    return LOGITS_TO_KEEP in {node.name for node in session.get_overridable_initializers()}
 
 
 def writes_in_place(bundle: Bundle, provider: str, kv_type: str) -> bool:

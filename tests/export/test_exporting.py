@@ -4,7 +4,9 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from exported import genai_continuation, letter_tokenizer, pruned
 from tokenizers.processors import TemplateProcessing
@@ -17,6 +19,7 @@ from edgeprune_export.exporting import export
 from edgeprune_export.reference import continue_greedily
 from edgeprune_runtime.bundle import GENAI_CONFIG_FILE, MANIFEST_FILE, open_bundle
 from edgeprune_runtime.errors import EdgepruneError, GateError
+from edgeprune_runtime.session import Decoder
 from edgeprune_runtime.validate import validate
 
 PROMPT = list(range(20, 44))
@@ -42,6 +45,31 @@ def bundle(checkpoint: Path) -> Path:
     out = checkpoint.with_name("bundle")
     export(checkpoint, out, name="a toy")
     return out
+
+
+@pytest.mark.parametrize("room_tokens", [0, 8])
+def test_prompt_costs_the_logits_of_its_last_token_alone(
+    bundle: Path, room_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(open_bundle(bundle), threads=1)
+    whole, _ = decoder.forward(np.array([PROMPT]))
+    shapes: list[tuple[int, ...]] = []
+    run = Decoder._run
+
+    def recorded(self: Decoder, *arguments: Any, last: bool) -> Any:
+        logits, values = run(self, *arguments, last=last)
+        shapes.append(logits.shape[:2])
+        return logits, values
+
+    monkeypatch.setattr(Decoder, "_run", recorded)
+    logits, cache = decoder.prefill([PROMPT], room_tokens=room_tokens)
+    np.testing.assert_allclose(logits, whole[:, -1], atol=1e-4)
+    following, _ = decoder.forward(np.array([PROMPT[:5]]), cache=cache)  # the switch is back
+    expected, _ = decoder.forward(np.array([PROMPT + PROMPT[:5]]))
+    np.testing.assert_allclose(following, expected[:, len(PROMPT) :], atol=1e-4)
+    decoder.prefill([PROMPT, PROMPT[:3]], side="left")
+    decoder.prefill([PROMPT, PROMPT[:3]], side="right")  # the last column is padding in a row
+    assert shapes == [(1, 1), (1, 5), (1, len(PROMPT) + 5), (2, 1), (2, len(PROMPT))]
 
 
 def names_beside(folder: Path) -> set[str]:

@@ -74,6 +74,16 @@ def test_swapped_query_heads_are_refused(model_and_graph: tuple[Any, Path], grap
     refused(model, graph)
 
 
+def test_other_logits_than_the_last_ones_where_these_are_asked_for_are_refused(
+    model_and_graph: tuple[Any, Path], graph: Path
+) -> None:
+    broken = ir.load(graph)
+    begin = broken.graph.node("lm_head/begin")
+    begin.op_type = "Identity"  # as right as ever where all are asked for
+    ir.save(broken, graph)
+    refused(model_and_graph[0], graph, "worst in 'last logits'")
+
+
 # Shifting cosines and sines by a position would shift all positions alike, which rotary embeddings do not see.
 def test_cosines_shifted_by_one_are_refused(model_and_graph: tuple[Any, Path], graph: Path) -> None:
     broken = ir.load(graph)

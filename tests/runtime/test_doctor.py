@@ -15,6 +15,7 @@ from edgeprune_runtime.cpu_features import ARM, X86, parse_cpuinfo, parse_sysctl
 from edgeprune_runtime.doctor import Finding, Here, count_problems, examine_machine, look, release
 from edgeprune_runtime.doctor_bundle import Numbers, estimate_bytes, examine_bundle
 from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS
 
 GIB = 1 << 30
 IN_PLACE = Numbers(4, kv_copies=1)
@@ -372,6 +373,8 @@ def test_estimate_grows_with_context_weights_and_a_rounded_head(both_folder: Pat
     assert per_token == 2 * bundle.kv_bytes_per_token
     in_place = estimate_bytes(bundle, 5_000, IN_PLACE) - estimate_bytes(bundle, 4_999, IN_PLACE)
     assert in_place == bundle.kv_bytes_per_token
+    less = estimate_bytes(bundle, 5_000) - estimate_bytes(bundle, 5_000, Numbers(4, keeps_logits=True))
+    assert less == 4 * bundle.manifest.vocab_size * (2 * PREFILL_CHUNK_TOKENS - 1)
     assert estimate_bytes(bundle, 5_000, Numbers(2)) < estimate_bytes(bundle, 5_000)
     assert estimate_bytes(bundle, 5_000, Numbers(2, are_widened=True)) > estimate_bytes(bundle, 5_000)
     manifest = bundle.manifest

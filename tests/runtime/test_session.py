@@ -285,8 +285,8 @@ def fed(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tup
     shapes: list[dict[str, tuple[int, ...]]] = []
     run = Decoder._run
 
-    def recorded(self: Decoder, feeds: Any, cache: Any, out: Any) -> Any:
-        batch, past = feeds["input_ids"].shape[0], cache.tokens if cache else 0
+    def recorded(self: Decoder, feeds: Any, cache: Any, out: Any, *, last: bool) -> Any:
+        batch, past = feeds["input_ids"].shape[0], cache.tokens
         found = {name: value.shape for name, value in feeds.items()}
         for index, layer in enumerate(self.manifest.layers):
             for part in ("key", "value"):
@@ -296,7 +296,7 @@ def fed(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tup
         for name, shape in found.items():
             assert all(size in sizes for size, sizes in zip(shape, profile[name], strict=True)), (name, shape)
         shapes.append(found)
-        return run(self, feeds, cache, out)
+        return run(self, feeds, cache, out, last=last)
 
     monkeypatch.setattr("edgeprune_runtime.session._CACHE_DEVICE", {})
     monkeypatch.setattr(Decoder, "_run", recorded)
