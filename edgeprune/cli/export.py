@@ -137,9 +137,9 @@ def export(
         "table_bits": table_bits,
     }
     check_names(target, precision, **details)
-    check_bundle(output, force=force)
     source = open_source(model, trust_remote_code)
     check_apart(output, source.path, *(Path(each) for each in (calibration, text) if each))
+    check_bundle(output, force=force)
     choice = choose(target, source.model_type, graph_source=graph_source, precision=precision, **details)
     precisions = with_gates(choice.precisions, max_perplexity_ratio, min_agreement, max_greedy_flips)
     if calibration is not None and not any(each.is_data_aware for each in precisions):

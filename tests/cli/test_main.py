@@ -46,7 +46,7 @@ def test_log_goes_where_stderr_is_now() -> None:
     [
         (("export", "toy", "-o", "out", "--block-size", "16,32"), "Invalid value for '--block-size': "),
         (("run", "bundle", "-p", "x", "--seed", "-1"), "Invalid value for '--seed': "),
-        (("export",), "Missing argument 'CHECKPOINT'"),
+        (("export",), "Missing argument 'MODEL'"),
         (("doctor", "--probe"), "No such option: --probe"),
         (("exprot",), "No such command 'exprot'. Did you mean 'export'?"),
     ],
