@@ -83,7 +83,6 @@ def read_graph(file: Path) -> Graph:
     read = [weight for weight in weights if readers[weight.name] - LOOKUPS]
     places = {entry.value for weight in weights for entry in weight.external_data if entry.key == "location"}
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
     ends = [{each.name: each.i for each in node.attribute} for node in products[:1] + products[-1:]]
     first, last = ends or ({}, {})
     return Graph(
@@ -93,7 +92,7 @@ def read_graph(file: Path) -> Graph:
         first.get("accuracy_level", 0) if products else None,
         (first["bits"], first["block_size"], _has_no_zero_points(products[0])) if products else None,
         last.get("bits"),
-        bool(attention),
+        any(node.op_type == "GroupQueryAttention" for node in model.graph.node),
     )
 
 

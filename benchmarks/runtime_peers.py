@@ -207,9 +207,9 @@ def _packed(name: str, bundle: Bundle, work: Path) -> Model:
 def _of_graph(name: str, graph: Graph, bundle: Bundle) -> Model:
     """A graph of the same shape as a bundle's."""
     manifest, python = bundle.manifest, Path(sys.executable)
-    shape = manifest.vocab_size, manifest.layers[0].head_dim
-    model = Model(name, "onnx", python, graph.files, graph.token_bytes, *shape, graph.accuracy_level)
-    return replace(model, writes_in_place=graph.writes_in_place)
+    sizes = graph.token_bytes, manifest.vocab_size, manifest.layers[0].head_dim
+    in_place = graph.writes_in_place
+    return Model(name, "onnx", python, graph.files, *sizes, graph.accuracy_level, writes_in_place=in_place)
 
 
 def _texts(path: Path | None, dense: Bundle) -> list[list[int]]:

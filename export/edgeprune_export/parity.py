@@ -12,7 +12,6 @@ model makes them block by block (`edgeprune_export.block_gate`).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, cast
 
 import numpy as np
@@ -393,13 +392,13 @@ class Runner:
         ]
 
     def _run(
-        self, ids: Mask, mask: Mask, cache: Sequence[Cache], switches: Mapping[str, Mask] = MappingProxyType({})
+        self, ids: Mask, mask: Mask, cache: Sequence[Cache], switches: Mapping[str, Mask] | None = None
     ) -> tuple[Logits, Sequence[Cache]]:
         feeds = {
             "input_ids": ids,
             "attention_mask": mask,
             **dict(zip(self._past_names, cache, strict=True)),
-            **switches,
+            **(switches or {}),
         }
         # Only dense tensors come out of these graphs; ONNX Runtime's own type allows for every kind of value.
         logits, *presents = cast("list[Logits]", self._session.run(self._outputs, feeds))

@@ -68,8 +68,7 @@ class Generation:
     def __iter__(self) -> Iterator[int]:
         manifest = self._decoder.manifest
         generator = np.random.default_rng(self._sampling.seed)
-        room_tokens = min(self._max_new_tokens - 1, manifest.context_tokens - len(self._prompt))
-        logits, cache = self._decoder.prefill([self._prompt], room_tokens=room_tokens)
+        logits, cache = self._decoder.prefill([self._prompt], room_tokens=self._max_new_tokens - 1)
         for count in range(1, self._max_new_tokens + 1):
             token = self._sampling.choose(logits[0], generator)
             if token in manifest.eos_token_ids:

@@ -284,9 +284,10 @@ class Decoder:
     ) -> tuple[Logits, KvCache]:
         """Logits (B, V) float32 behind the last token of each row, and the cache that holds the rows.
 
-        With `room_tokens` the cache has room for so many tokens more and takes them in place, which is faster the more
-        tokens it holds. Then a cache and the one that continues it are the same memory: two continuations of one cache
-        are not to be used in turns. Where the graph or the provider cannot do it, each step gives a cache of its own.
+        With `room_tokens` the cache has room for so many tokens more, as far as the context goes, and takes them in
+        place, which is faster the more tokens it holds. Then a cache and the one that continues it are the same memory:
+        two continuations of one cache are not to be used in turns. Where the graph or the provider cannot do it, each
+        step gives a cache of its own.
 
         Rows of unequal lengths are padded on `side`; None takes the side that the bundle's graph is right with. One row
         goes in by pieces, which bounds its logits; several go in at once, because the fused attention of the CPU takes
@@ -301,7 +302,9 @@ class Decoder:
         check_context(self.manifest, width)
         ids, mask = self.pad(rows, side)
         piece_tokens = PREFILL_CHUNK_TOKENS if len(rows) == 1 else width
-        empty = self._empty_cache(len(rows), width + room_tokens) if room_tokens and self._writes_in_place else None
+        empty = None
+        if room_tokens and self._writes_in_place:
+            empty = self._empty_cache(len(rows), min(width + room_tokens, self.manifest.context_tokens))
         last = bool(mask[:, -1].all())
         logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens], empty, last=last)
         for start in range(piece_tokens, width, piece_tokens):

@@ -197,8 +197,7 @@ def _continuation(decoder: Decoder, ids: Ids, following: Ids) -> Iterator[Logits
 
     The cache is continued in place, as it is when text is generated; the cached steps of the other checks are not.
     """
-    room_tokens = min(len(following), decoder.manifest.context_tokens - len(ids))
-    logits, cache = decoder.prefill([ids], room_tokens=room_tokens)
+    logits, cache = decoder.prefill([ids], room_tokens=len(following))
     for token in following:
         yield logits[0]
         if cache.tokens < decoder.manifest.context_tokens:
