@@ -4,7 +4,7 @@ Standard input holds a request, the last line of standard output what came of it
 environments of their own, so this file needs numpy and the one package that its engine is made of, nothing of ours:
 
     onnx    a graph in ONNX Runtime; the cache is written in place where the graph can, as llama.cpp does, and else
-            goes from outputs to inputs by IO binding
+            goes from outputs to inputs by IO binding; logits of the last token alone where the graph can, too
     llama   a GGUF file in llama.cpp, through the C functions of llama-cpp-python
     read    no model: how long two passes of memory take, for the floor under decoding
 """
@@ -28,6 +28,7 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.floating[Any]]
 
 DTYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+LOGITS_TO_KEEP = "num_logits_to_keep"
 WARM_STEPS = 4
 READ_PASSES = 12
 SEED = 0
@@ -69,6 +70,8 @@ class Onnx:
         if unknown := inputs.keys() - {*self._fed, *self._past}:
             raise ValueError(f"{request['file']} has inputs that the loop does not know: {sorted(unknown)}")
         self._present = [name.replace("past_key_values", "present") for name in self._past]
+        overridable = [value.name for value in self._session.get_overridable_initializers()]
+        self._can_keep_last = LOGITS_TO_KEEP in overridable
         self._in_place = request["writes_in_place"]
         slots = request["context_tokens"] if self._in_place else 0
         # The heads are numbers in every graph; some leave the last dimension to a name.
@@ -91,7 +94,7 @@ class Onnx:
         self._tokens = 0
 
     def forward(self, ids: npt.NDArray[np.int64], *, every: bool = False) -> Logits:
-        """Logits (T, V) of new tokens (T,): these graphs always compute them all."""
+        """Logits (T, V) of new tokens (T,); of the last one alone, (1, V), unless `every` is asked for."""
         total = self._tokens + len(ids)
         feeds = {
             "input_ids": ids[None],
@@ -101,7 +104,12 @@ class Onnx:
         binding = self._binding or self._bind()
         for name in self._fed:
             binding.bind_cpu_input(name, feeds[name])
-        logits = np.empty((1, len(ids), self._vocabulary), self._logits_dtype)
+        rows = len(ids)
+        if self._can_keep_last:
+            rows = rows if every else 1
+            keep = self._ort.OrtValue.ortvalue_from_numpy(np.array([rows], np.int64))
+            binding.bind_ortvalue_input(LOGITS_TO_KEEP, keep)  # bind_cpu_input knows inputs alone
+        logits = np.empty((1, rows, self._vocabulary), self._logits_dtype)
         binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(binding)
         if not self._in_place:
