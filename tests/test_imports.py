@@ -139,3 +139,25 @@ def test_device_commands_load_no_torch() -> None:
         "[importlib.import_module(f'edgeprune_runtime.{m.name}') for m in pkgutil.iter_modules(r.__path__)]"
     )
     assert not modules & (HEAVY - OF_THE_DEVICE)
+
+
+@pytest.mark.parametrize("module", ["edgeprune_runtime.session", "edgeprune_export.parity"])
+def test_onnx_runtime_reports_nothing(module: str, tmp_path: Path) -> None:
+    """ONNX Runtime puts its reports into the home folder, if it may make any, as soon as it is imported."""
+    silent = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")
+    kept = {name: value for name, value in os.environ.items() if name not in silent and not name.startswith("XDG_")}
+    environment = {**kept, "HOME": str(tmp_path)}
+    program = f"import {module}, onnxruntime, sys; assert 'onnxruntime' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
+
+
+@pytest.mark.parametrize(("theirs", "expected"), [(None, "1"), ("0", "0")])
+def test_telemetry_is_off_unless_the_environment_says_otherwise(theirs: str | None, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    if theirs is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = theirs
+    program = "import edgeprune_runtime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == expected, done.stderr
