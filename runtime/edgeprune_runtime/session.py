@@ -294,7 +294,8 @@ class Decoder:
         no second piece of a batch.
 
         Raises:
-            EdgepruneError: if a row is empty or too long, or the graph does not take padding on that side.
+            EdgepruneError: if a row is empty or too long, the graph does not take padding on that side, or there is no
+                memory for the room.
         """
         if not rows or min(map(len, rows)) < 1:
             raise EdgepruneError("a prompt has no tokens; give at least one")
@@ -303,7 +304,7 @@ class Decoder:
         ids, mask = self.pad(rows, side)
         piece_tokens = PREFILL_CHUNK_TOKENS if len(rows) == 1 else width
         empty = None
-        if room_tokens and self._writes_in_place:
+        if room_tokens > 0 and self._writes_in_place:
             empty = self._empty_cache(len(rows), min(width + room_tokens, self.manifest.context_tokens))
         last = bool(mask[:, -1].all())
         logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens], empty, last=last)
@@ -439,9 +440,14 @@ class Decoder:
         return binding
 
     def _empty_cache(self, batch: int, room_tokens: int | None = None) -> KvCache:
-        slots = room_tokens or 0  # no page of them is taken before it is written
+        slots = room_tokens or 0  # a page of them is taken once it is written, but pages may be huge: 2 MB
         shapes = [(batch, layer.kv_heads, slots, layer.head_dim) for layer in self.manifest.layers for _ in range(2)]
-        arrays = (np.empty(shape, self._cache_dtype) for shape in shapes)
+        try:
+            arrays = [np.empty(shape, self._cache_dtype) for shape in shapes]
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"not enough memory for a cache with room for {slots} tokens; ask for fewer new tokens"
+            ) from error
         values = tuple(onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays)
         room = Room(room_tokens, self._bind(values, in_place=True)) if room_tokens else None
         return KvCache(values, np.zeros((batch, 0), bool), room)

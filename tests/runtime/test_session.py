@@ -17,7 +17,15 @@ from edgeprune_runtime.bundle import Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.generate import Generation
 from edgeprune_runtime.limits import MAX_THREADS
-from edgeprune_runtime.session import PREFILL_CHUNK_TOKENS, PROVIDERS, Decoder, Side, make_session
+from edgeprune_runtime.session import (
+    PREFILL_CHUNK_TOKENS,
+    PROVIDERS,
+    Decoder,
+    OutOfMemoryError,
+    Side,
+    make_session,
+    writes_in_place,
+)
 from edgeprune_runtime.tensorrt import MAX_TOKENS
 from edgeprune_runtime.validate import validate
 
@@ -46,6 +54,37 @@ def test_cached_decoding_equals_full_forward(both: Decoder, right: Decoder, spli
         for index in range(split, ids.shape[1]):
             logits, cache = decoder.step(ids[:, index], cache)
             np.testing.assert_allclose(logits, full[:, index], atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("graph_source", "provider", "kv_type", "expected"),
+    [
+        ("decoder", "cpu", "tensor(float)", True),
+        ("decoder", "cpu", "tensor(float16)", False),
+        ("decoder", "cuda", "tensor(float)", False),
+        ("traced", "cpu", "tensor(float)", False),
+    ],
+)
+def test_only_fused_attention_on_the_cpu_in_float32_writes_in_place(
+    graph_source: str, provider: str, kv_type: str, expected: bool
+) -> None:
+    bundle: Any = SimpleNamespace(variant=SimpleNamespace(graph_source=graph_source))
+    assert writes_in_place(bundle, provider, kv_type) is expected
+
+
+def test_room_ends_with_the_context(both: Decoder) -> None:
+    _, cache = both.prefill([ROWS[0]], room_tokens=10**6)
+    assert cache.room is not None
+    assert cache.room.tokens == CONTEXT
+
+
+def test_no_memory_for_the_room_is_said(both: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("edgeprune_runtime.session.np.empty", no_memory)
+    with pytest.raises(OutOfMemoryError, match="room for 30 tokens; ask for fewer new tokens"):
+        both.prefill([ROWS[0]], room_tokens=10)
 
 
 @pytest.mark.parametrize("room_tokens", [0, 3, 8])
