@@ -60,19 +60,20 @@ def main() -> Report:
         models.append(_bundled("pruned int4", open_bundle(args.pruned, "int4")))
         models.append(_packed("pruned int4", open_bundle(args.pruned, "int4"), args.work))
     texts = _texts(args.text, dense)
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    digest, worker = _digest(json.dumps(texts).encode()), _digest(WORKER.read_bytes())
     kept = results.Results(args.results or args.work / "rounds.jsonl")
     judged: dict[str, Any] = {}
     with stages.counted("what rounding costs") as advance:
         for done, model in enumerate(models, start=1):
-            key: dict[str, Any] = {"judged": model.identity, "texts": digest}
+            key: dict[str, Any] = {"judged": model.identity, "texts": digest, "worker": worker}
             judged[model.name] = _once(kept, key, partial(judge, model, texts, args.threads))
             advance(done, len(models))
     settings = {name: getattr(args, name) for name in ("threads", "prompt_tokens", "generate_tokens")}
     rounds: list[Any] = []
     with stages.counted("rounds in turns") as advance:
         for number in range(args.rounds):
-            key = {"models": {model.name: model.identity for model in models}, **settings, "round": number}
+            of_all = {model.name: model.identity for model in models}
+            key = {"models": of_all, **settings, "round": number, "worker": worker}
             rounds.append(_once(kept, key, partial(measure_round, models, number, settings)))
             advance(number + 1, args.rounds)
     return make_report(models, rounds, judged, _sizes(dense, args.pruned), _missing(args), settings)
@@ -222,6 +223,10 @@ def _texts(path: Path | None, dense: Bundle) -> list[list[int]]:
     text = DEFAULT_TEXT if path is None else read_text(path).text
     ids = [int(token) for token in Tokenizer.load(dense).encode(text)]
     return fidelity_texts([ids], dense.manifest.context_tokens)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _once(kept: results.Results, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
