@@ -14,6 +14,7 @@ from tiny_bundle import edit_weight, record, write_bundle
 from edgeprune_runtime.bundle import GOLDEN_FILE, Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import GoldenCase, load_golden, save_golden
+from edgeprune_runtime.session import Decoder
 from edgeprune_runtime.validate import Validation, report_validation, validate
 
 
@@ -55,6 +56,17 @@ def test_wrong_weight_fails(folder: Path, name: str, change: Callable[[Any], Any
     assert "prefill logits" in _failed(folder)
     with pytest.raises(GateError, match="is not valid: prefill logits"):
         _validate(folder).ensure_passed()
+
+
+def test_wrong_logits_of_a_cache_with_room_fail(both_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Decoder.forward
+
+    def wrong_in_place(self: Decoder, ids: Any, mask: Any = None, cache: Any = None, **more: Any) -> Any:
+        logits, after = forward(self, ids, mask, cache, **more)
+        return logits + (1.0 if cache is not None and cache.room else 0.0), after
+
+    monkeypatch.setattr(Decoder, "forward", wrong_in_place)
+    assert _failed(both_folder) == {"cached decoding"}
 
 
 def test_ignored_padding_fails_the_batches_only(folder: Path) -> None:
