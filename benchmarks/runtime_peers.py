@@ -60,20 +60,19 @@ def main() -> Report:
         models.append(_bundled("pruned int4", open_bundle(args.pruned, "int4")))
         models.append(_packed("pruned int4", open_bundle(args.pruned, "int4"), args.work))
     texts = _texts(args.text, dense)
-    digest, worker = _digest(json.dumps(texts).encode()), _digest(WORKER.read_bytes())
+    digest = _digest(json.dumps(texts).encode())
     kept = results.Results(args.results or args.work / "rounds.jsonl")
     judged: dict[str, Any] = {}
     with stages.counted("what rounding costs") as advance:
         for done, model in enumerate(models, start=1):
-            key: dict[str, Any] = {"judged": model.identity, "texts": digest, "worker": worker}
+            key: dict[str, Any] = {"judged": model.identity, "texts": digest}
             judged[model.name] = _once(kept, key, partial(judge, model, texts, args.threads))
             advance(done, len(models))
     settings = {name: getattr(args, name) for name in ("threads", "prompt_tokens", "generate_tokens")}
     rounds: list[Any] = []
     with stages.counted("rounds in turns") as advance:
         for number in range(args.rounds):
-            of_all = {model.name: model.identity for model in models}
-            key = {"models": of_all, **settings, "round": number, "worker": worker}
+            key = {"models": {model.name: model.identity for model in models}, **settings, "round": number}
             rounds.append(_once(kept, key, partial(measure_round, models, number, settings)))
             advance(number + 1, args.rounds)
     return make_report(models, rounds, judged, _sizes(dense, args.pruned), _missing(args), settings)
@@ -230,7 +229,8 @@ def _digest(content: bytes) -> str:
 
 
 def _once(kept: results.Results, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-    """What was measured under a key, or is now."""
+    """What the worker as it is measured under a key, or measures now."""
+    key = {**key, "worker": _digest(WORKER.read_bytes())}
     if (found := kept.find(key)) is not None:
         return found["result"]
     result = measure()

@@ -4,7 +4,7 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -62,8 +62,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def run(*code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *code], capture_output=True, text=True, timeout=60, check=False)
+def run(*code: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *code], env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def loaded(statement: str) -> set[str]:
@@ -146,9 +146,7 @@ def test_onnx_runtime_reports_nothing(module: str, tmp_path: Path) -> None:
     """ONNX Runtime puts its reports into the home folder, if it may make any, as soon as it is imported."""
     silent = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")
     kept = {name: value for name, value in os.environ.items() if name not in silent and not name.startswith("XDG_")}
-    environment = {**kept, "HOME": str(tmp_path)}
-    program = f"import {module}, onnxruntime, sys; assert 'onnxruntime' in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = run("-c", f"import {module}, onnxruntime", env={**kept, "HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
 
@@ -158,6 +156,5 @@ def test_telemetry_is_off_unless_the_environment_says_otherwise(theirs: str | No
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     if theirs is not None:
         environment["ORT_DISABLE_TELEMETRY"] = theirs
-    program = "import edgeprune_runtime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = run("-c", "import edgeprune_runtime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])", env=environment)
     assert done.stdout.strip() == expected, done.stderr

@@ -231,6 +231,7 @@ class Decoder:
 
     `packed` is the packed copy that is run instead of the variant's own graph, None where there is none for this
     machine (see `packed.py`). `manifest` is the bundle's; on TensorRT its context may be shorter (see `tensorrt.py`).
+    `writes_in_place` says whether a cache can have room for new tokens (see `prefill`).
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class Decoder:
         self._cache_device = _CACHE_DEVICE.get(provider, "cpu")
         kv_type = self._inputs["past_key_values.0.key"]
         self._cache_dtype = _DTYPES[kv_type]
-        self._writes_in_place = writes_in_place(bundle, provider, kv_type)
+        self.writes_in_place = writes_in_place(bundle, provider, kv_type)
 
     def prefill(
         self, rows: Sequence[Sequence[int] | Ids], *, side: Side | None = None, room_tokens: int = 0
@@ -304,7 +305,7 @@ class Decoder:
         ids, mask = self.pad(rows, side)
         piece_tokens = PREFILL_CHUNK_TOKENS if len(rows) == 1 else width
         empty = None
-        if room_tokens > 0 and self._writes_in_place:
+        if room_tokens > 0 and self.writes_in_place:
             empty = self._empty_cache(len(rows), min(width + room_tokens, self.manifest.context_tokens))
         last = bool(mask[:, -1].all())
         logits, cache = self.forward(ids[:, :piece_tokens], mask[:, :piece_tokens], empty, last=last)

@@ -152,22 +152,27 @@ def _check_prefill(decoder: Decoder, cases: list[GoldenCase]) -> Iterator[Check]
 
 
 def _check_cached(decoder: Decoder, cases: list[GoldenCase]) -> Check:
-    errors = []
-    for case in cases:
-        length = len(case.ids)
-        for split in sorted({1, length // 3, length // 2, length - 1} - {0, length}):
-            if split <= case.positions.max():
-                # a cache of its own after each step, as other runtimes have it, and one with room, as `run` has it
-                for room_tokens in (0, length - split):
-                    errors.append(_max_error(*_cached_logits(decoder, case, split, room_tokens)))
-    if not errors:
+    """Each step with a cache of its own, as other runtimes have it, and where it can be in place, as `run` has it."""
+    splits = [
+        (case, split)
+        for case in cases
+        for split in sorted({1, len(case.ids) // 3, len(case.ids) // 2, len(case.ids) - 1} - {0, len(case.ids)})
+        if split <= case.positions.max()
+    ]
+    if not splits:
         return Check("cached decoding", False, "no golden logits lie behind a first token; make the bundle again")
-    return _error_check("cached decoding", errors, decoder.bundle.variant.tolerance, f"{len(errors) // 2} split points")
+    ways = (False, True) if decoder.writes_in_place else (False,)
+    errors = [
+        _max_error(*_cached_logits(decoder, case, split, in_place=in_place))
+        for case, split in splits
+        for in_place in ways
+    ]
+    return _error_check("cached decoding", errors, decoder.bundle.variant.tolerance, f"{len(splits)} split points")
 
 
-def _cached_logits(decoder: Decoder, case: GoldenCase, split: int, room_tokens: int) -> tuple[Logits, Logits]:
+def _cached_logits(decoder: Decoder, case: GoldenCase, split: int, *, in_place: bool) -> tuple[Logits, Logits]:
     """Our logits at the golden positions behind `split`, and the reference's: some single tokens, then the rest."""
-    _, cache = decoder.prefill([case.ids[:split]], room_tokens=room_tokens)
+    _, cache = decoder.prefill([case.ids[:split]], room_tokens=len(case.ids) - split if in_place else 0)
     pieces = []
     singles = min(len(case.ids), split + 4)
     for start in range(split, singles):
@@ -197,7 +202,7 @@ def _check_greedy(decoder: Decoder, cases: list[GoldenCase]) -> Check:
 def _continuation(decoder: Decoder, ids: Ids, following: Ids) -> Iterator[Logits]:
     """Logits (V,) that predict each of the following tokens, which are then fed whatever the logits said.
 
-    The cache is continued in place, as it is when text is generated; the cached steps of the other checks are not.
+    The cache is continued in place where that is possible, as it is when text is generated.
     """
     logits, cache = decoder.prefill([ids], room_tokens=len(following))
     for token in following:
