@@ -36,6 +36,9 @@ from edgeprune_export.quantize import Grid, Precision, Quantised, Ready, stretch
 Progress = Callable[[float], None]
 PARTS = ("data", "scales", "zero_points")
 
+CHUNK_WEIGHTS = 1 << 22
+"""Weights that are rounded at once: one column of all their rows after the other, so that many rows are few steps."""
+
 LOOKED_UP = 0.3
 """What a row that is looked up counts beside the same row of the head: its errors in all directions alike, as if the
 head read noise with this share of the mean square of its inputs. SmolLM2 with a table of four bits has 1.032 times its
@@ -64,7 +67,9 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, precision: Precision) -> Quan
         EdgepruneError: if the matrix is singular even with its ridge.
     """
     upper, is_dead = inverse_factor(gram)
-    parts = (weight[rows].float() for rows in stretches(*weight.shape))  # rows know nothing of each other
+    parts = (
+        weight[rows].float() for rows in stretches(*weight.shape, CHUNK_WEIGHTS)
+    )  # rows know nothing of each other
     return Quantised.joined([_fitted(part, is_dead, upper, gram.diagonal(), precision) for part in parts])
 
 
