@@ -59,7 +59,7 @@ from edgeprune.weights import (
     weight_files,
 )
 from edgeprune_runtime import output
-from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.output import Kind, atomic_folder, check_space
 
 # Space for everything that is not weights (tokenizer, configs) and for the file system's own bookkeeping.
@@ -248,8 +248,9 @@ def save(
         beside: more files of the folder by name, such as its model card.
 
     Raises:
-        EdgepruneError: if `out` exists, the disk is full, a weight is not finite, or the copy does not equal the model.
-            Nothing is left behind then, and an earlier folder is untouched.
+        EdgepruneError: if `out` exists, the disk is full, or a weight is not finite. Nothing is left behind then, and
+            an earlier folder is untouched.
+        GateError: likewise, if the copy does not compute what the model computes.
     """
     out = Path(out).absolute()
     check_output(out, force)
@@ -325,7 +326,10 @@ def _write(
             notes = (f"saved with per_layer_config although all layers are alike: {_refused(config, widths)}",)
         _write_config(part, config, form)
         if difference := _difference(part, decoder):
-            raise RuntimeError(f"the saved checkpoint does not equal the model: {difference}")
+            raise GateError(
+                f"read back in stock {config.model_type} code, the checkpoint is not the model: {difference}; nothing "
+                "is written (a model whose own code computes something else cannot be saved so)"
+            )
     zeros = None
     if plan is not None:
         replace(plan, notes=(*plan.notes, *notes)).save(part)

@@ -136,6 +136,8 @@ class Source:
     @property
     def title(self) -> str:
         """What files that others may see call it: the name, of a local one without the folder that it lies in."""
+        if self.kind == "folder":
+            return self.path.resolve().name  # which "." has too
         return self.name if self.kind == "hub" else Path(self.name).name
 
 

@@ -100,8 +100,9 @@ def export(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory that the export may take, such as 2GiB: a model that does not fit is checked block by block; "
-            "default: half of this machine's.",
+            help="Memory that the export may take, such as 2GiB: a model that does not fit is checked block by block "
+            "(one in GGUF, in torch pickles or with its own code is held whole once, to convert it); default: half of "
+            "this machine's.",
             show_default=False,
         ),
     ] = None,

@@ -67,9 +67,8 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, precision: Precision) -> Quan
         EdgepruneError: if the matrix is singular even with its ridge.
     """
     upper, is_dead = inverse_factor(gram)
-    parts = (
-        weight[rows].float() for rows in stretches(*weight.shape, CHUNK_WEIGHTS)
-    )  # rows know nothing of each other
+    stretched = stretches(len(weight), weight.shape[1], CHUNK_WEIGHTS)  # rows know nothing of each other
+    parts = (weight[rows].float() for rows in stretched)
     return Quantised.joined([_fitted(part, is_dead, upper, gram.diagonal(), precision) for part in parts])
 
 

@@ -48,7 +48,7 @@ DYNAMIC_TOLERANCES = 1.0, 1e-4
 hundred-thousandth; with one half alone it is four hundredths."""
 
 CHUNK_WEIGHTS = 1 << 18
-"""Weights that are rounded at once: their few copies in float32 stay in the processor's cache, which halves the time."""
+"""Weights that are rounded at once: their few copies in float32 stay in the processor's cache, in half the time."""
 
 SHRINKS = tuple(1 - 0.025 * step for step in range(13))
 """Scales that are tried, as shares of the one that loses no weight."""

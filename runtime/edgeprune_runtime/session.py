@@ -1,9 +1,13 @@
 """ONNX Runtime sessions over a bundle, and the decoder that keeps their KV cache."""
 
+import contextlib
+import math
+import mmap
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -190,25 +194,45 @@ def provider_name(provider: str) -> str:
     return PROVIDERS[provider]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Room:
-    """Slots for tokens to come, and what binds them to the graph, as they stay where they are."""
+    """Slots for tokens to come, and what binds them to the graph, as they stay where they are.
+
+    All caches that grow in it are the same memory. `stamps` are those of the caches whose tokens it still holds, each
+    grown from the one before.
+    """
 
     tokens: int
     binding: "IOBinding"
+    stamps: list[int] = field(default_factory=lambda: [0])
+    newest: int = 0
+
+    def continue_from(self, stamp: int) -> int:
+        """The stamp of what a cache grows into; what has grown from it before is overwritten.
+
+        Raises:
+            ValueError: if the cache itself was overwritten.
+        """
+        place = bisect(self.stamps, stamp)
+        if self.stamps[:place][-1:] != [stamp]:
+            raise ValueError("the cache was overwritten in place, as one that it grew from was continued otherwise")
+        self.newest += 1
+        self.stamps[place:] = [self.newest]
+        return self.newest
 
 
 @dataclass(frozen=True)
 class KvCache:
     """Keys and values of a batch, as ONNX Runtime left them, and which of their slots are real tokens.
 
-    `mask` is (B, S) bool. With `room`, new tokens are written in place behind the old ones; without, each run gives
-    values of its own.
+    `mask` is (B, S) bool. With `room`, new tokens are written in place behind the old ones, and `stamp` is this cache's
+    among those that share it; without, each run gives values of its own.
     """
 
     values: tuple["OrtValue", ...]
     mask: npt.NDArray[np.bool_]
     room: Room | None = None
+    stamp: int = 0
 
     @property
     def tokens(self) -> int:
@@ -287,8 +311,8 @@ class Decoder:
 
         With `room_tokens` the cache has room for so many tokens more, as far as the context goes, and takes them in
         place, which is faster the more tokens it holds. Then a cache and the one that continues it are the same memory:
-        two continuations of one cache are not to be used in turns. Where the graph or the provider cannot do it, each
-        step gives a cache of its own.
+        a cache may be continued anew, which overwrites what it was continued with before. Where the graph or the
+        provider cannot do it, each step gives a cache of its own.
 
         Rows of unequal lengths are padded on `side`; None takes the side that the bundle's graph is right with. One row
         goes in by pieces, which bounds its logits; several go in at once, because the fused attention of the CPU takes
@@ -359,7 +383,7 @@ class Decoder:
         Raises:
             EdgepruneError: if the context length is exceeded, a token id is outside the vocabulary, or the graph does
                 not take such a mask, or several rows of several tokens behind a cache.
-            ValueError: if the cache has no room for them.
+            ValueError: if the cache has no room for them, or was overwritten, as another was continued in its place.
         """
         batch, width = ids.shape
         cache = cache or self._empty_cache(batch)
@@ -384,8 +408,9 @@ class Decoder:
         if "position_ids" in self._inputs:
             positions = before.sum(1, keepdims=True) + new.cumsum(1) - 1
             feeds["position_ids"] = np.maximum(positions, 0).astype(np.int64)
+        stamp = cache.room.continue_from(cache.stamp) if cache.room else 0
         logits, values = self._run(feeds, cache, out, last=last)
-        return logits[:, -1:] if last else logits, KvCache(values, full, cache.room)
+        return logits[:, -1:] if last else logits, KvCache(values, full, cache.room, stamp)
 
     def _full_mask(self, before: npt.NDArray[np.bool_], new: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         if self.manifest.padding == "both":
@@ -441,17 +466,34 @@ class Decoder:
         return binding
 
     def _empty_cache(self, batch: int, room_tokens: int | None = None) -> KvCache:
-        slots = room_tokens or 0  # a page of them is taken once it is written, but pages may be huge: 2 MB
+        slots = room_tokens or 0
         shapes = [(batch, layer.kv_heads, slots, layer.head_dim) for layer in self.manifest.layers for _ in range(2)]
         try:
-            arrays = [np.empty(shape, self._cache_dtype) for shape in shapes]
-        except MemoryError as error:
+            arrays = [_taken_by_pages(shape, self._cache_dtype) for shape in shapes]
+        except (MemoryError, OSError) as error:
             raise OutOfMemoryError(
                 f"not enough memory for a cache with room for {slots} tokens; ask for fewer new tokens"
             ) from error
         values = tuple(onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays)
         room = Room(room_tokens, self._bind(values, in_place=True)) if room_tokens else None
         return KvCache(values, np.zeros((batch, 0), bool), room)
+
+
+def _taken_by_pages(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array that takes memory page by page, as it is written.
+
+    numpy asks Linux for huge pages: each head of a long, nearly empty cache would take 2 MB with its first token.
+
+    Raises:
+        OSError, MemoryError: if there is no memory for it.
+    """
+    size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if not size_bytes or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.empty(shape, dtype)
+    pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a kernel that has no huge pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, dtype).reshape(shape)
 
 
 def keeps_logits(session: "InferenceSession") -> bool:

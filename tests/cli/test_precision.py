@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import baichuan
 import onnx_ir as ir
 import pytest
 import typer
@@ -230,6 +231,42 @@ def test_export_converts_a_gguf_file_first_and_leaves_no_copy(tmp_path: Path) ->
     model = open_bundle(tmp_path / "there" / "bundle").manifest.model
     assert (model.name, model.source) == ("a-model", "a-model, F32 from GGUF")
     assert [file.name for file in (tmp_path / "there").iterdir()] == ["bundle"]
+
+
+def test_export_names_a_folder_that_is_converted_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a-model"
+    baichuan.save(folder, config := baichuan.sizes(), baichuan.tensors(config))
+    monkeypatch.chdir(folder)
+    done = invoke("export", ".", "-o", tmp_path / "bundle", "--quiet")
+    assert done.code == 0, done.err
+    assert open_bundle(tmp_path / "bundle").manifest.model.name == "a-model"
+
+
+TWICE_THE_LOGITS = """
+from transformers import LlamaForCausalLM
+
+class OwnModel(LlamaForCausalLM):
+    def forward(self, *inputs, **options):
+        output = super().forward(*inputs, **options)
+        output.logits = 2 * output.logits
+        return output
+"""
+
+
+def test_own_code_that_computes_something_else_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = save_toy(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "modeling_own.py").write_text(TWICE_THE_LOGITS)
+    done = invoke("export", folder, "-o", tmp_path / "bundle", "--quiet", "--trust-remote-code")
+    assert done.code == 1
+    assert "read back in stock llama code, the checkpoint is not the model: logits differ by" in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_export_names_what_is_no_model_before_any_work(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from edgeprune.groups import layer_widths
 from edgeprune.plan import PrunePlan
 from edgeprune.refit import Mode, carry_intercepts
 from edgeprune.shrink import is_stock, shrink
-from edgeprune_runtime.errors import EdgepruneError
+from edgeprune_runtime.errors import EdgepruneError, GateError
 
 TILED = ("bloom", "gpt2", "gpt_neo", "gpt_neox", "opt")
 """Types whose stock code makes the heads tile the hidden states."""
@@ -281,7 +281,7 @@ def test_a_copy_that_differs_is_not_believed(spoilt: str, tmp_path: Path, monkey
 
     write = checkpoint.SafetensorsWriter.write
     monkeypatch.setattr(checkpoint.SafetensorsWriter, "write", spoil)
-    with pytest.raises(RuntimeError, match=re.escape(spoilt)):
+    with pytest.raises(GateError, match=re.escape(spoilt)):
         per_layer("llama", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,10 @@
 """Cached decoding equals one full forward, batches equal their rows alone, and what the graph cannot do is refused."""
 
+import dataclasses
+import errno
 import json
+import math
+import mmap
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ from edgeprune.cli.device import evaluate
 from edgeprune_runtime.bundle import Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError
 from edgeprune_runtime.generate import Generation
-from edgeprune_runtime.limits import MAX_THREADS
+from edgeprune_runtime.limits import MAX_THREADS, own_rss_bytes
 from edgeprune_runtime.session import (
     PREFILL_CHUNK_TOKENS,
     PROVIDERS,
@@ -79,10 +83,10 @@ def test_room_ends_with_the_context(both: Decoder) -> None:
 
 
 def test_no_memory_for_the_room_is_said(both: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object) -> None:
-        raise MemoryError
+    def no_memory(*_: object, **_flags: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr("edgeprune_runtime.session.np.empty", no_memory)
+    monkeypatch.setattr("edgeprune_runtime.session.mmap.mmap", no_memory)
     with pytest.raises(OutOfMemoryError, match="room for 30 tokens; ask for fewer new tokens"):
         both.prefill([ROWS[0]], room_tokens=10)
 
@@ -135,6 +139,33 @@ def test_cache_with_room_stays_where_it_is_and_may_be_continued_anew(both: Decod
         np.testing.assert_array_equal(decoder.step([77], after)[0], second)
         with pytest.raises(ValueError, match=f"{len(ROWS[0]) + 3} tokens do not fit"):
             decoder.step([3], last)
+
+
+def test_cache_that_was_overwritten_in_place_is_refused(both: Decoder) -> None:
+    _, before = both.prefill([ROWS[0]], room_tokens=3)
+    _, once = both.step([3], before)
+    _, twice = both.step([4], once)
+    expected, _ = both.step([5], once)  # what overwrites the second token leaves the first
+    with pytest.raises(ValueError, match="the cache was overwritten in place"):
+        both.step([5], twice)
+    _, otherwise = both.step([77], before)
+    for lost in (once, twice):
+        with pytest.raises(ValueError, match="the cache was overwritten in place"):
+            both.step([5], lost)
+    both.step([5], otherwise)
+    np.testing.assert_array_equal(both.step([5], both.step([3], before)[1])[0], expected)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_NOHUGEPAGE"), reason="only Linux is asked for huge pages")
+def test_room_takes_memory_as_it_is_written(both: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(both, "manifest", dataclasses.replace(both.manifest, context_tokens=1 << 18))
+    before = own_rss_bytes()
+    assert before is not None
+    _, cache = both.prefill([ROWS[0]], room_tokens=1 << 18)
+    whole = sum(math.prod(value.shape()) * 4 for value in cache.values)
+    after = own_rss_bytes()
+    assert after is not None
+    assert after - before < whole // 100
 
 
 def test_cache_without_room_is_left_as_it_was(both: Decoder) -> None:

@@ -14,8 +14,9 @@ from tiny_bundle import edit_weight, record, write_bundle
 from edgeprune_runtime.bundle import GOLDEN_FILE, Manifest, open_bundle
 from edgeprune_runtime.errors import EdgepruneError, GateError
 from edgeprune_runtime.golden import GoldenCase, load_golden, save_golden
-from edgeprune_runtime.session import Decoder
-from edgeprune_runtime.validate import Validation, report_validation, validate
+from edgeprune_runtime.session import Decoder, KvCache
+from edgeprune_runtime.validate import Validation, _check_greedy, report_validation, validate
+from edgeprune_runtime.worker import Request, measure
 
 
 def _validate(folder: Path) -> Validation:
@@ -67,6 +68,38 @@ def test_wrong_logits_of_a_cache_with_room_fail(both_folder: Path, monkeypatch: 
 
     monkeypatch.setattr(Decoder, "forward", wrong_in_place)
     assert _failed(both_folder) == {"cached decoding"}
+
+
+def test_greedy_tokens_are_written_in_place(both_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(_caches_stepped(both_folder, monkeypatch, _greedy_check))
+
+
+def test_a_measured_worker_writes_in_place(both_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(_caches_stepped(both_folder, monkeypatch, _measured))
+
+
+def _greedy_check(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    _check_greedy(Decoder(bundle, threads=1), load_golden(bundle))
+
+
+def _measured(folder: Path) -> None:
+    measure(Request(str(folder), None, "cpu", 1, prompt_tokens=8, generate_tokens=6, vocab_size=100))
+
+
+def _caches_stepped(folder: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[Path], None]) -> list[bool]:
+    """Whether each cache that takes one more token has room for it."""
+    has_room: list[bool] = []
+    step = Decoder.step
+
+    def noted(self: Decoder, ids: Any, cache: KvCache) -> Any:
+        has_room.append(cache.room is not None and cache.tokens < cache.room.tokens)
+        return step(self, ids, cache)
+
+    monkeypatch.setattr(Decoder, "step", noted)
+    run(folder)
+    assert has_room
+    return has_room
 
 
 def test_ignored_padding_fails_the_batches_only(folder: Path) -> None:
