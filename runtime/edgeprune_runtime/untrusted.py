@@ -83,8 +83,9 @@ def file_inside(folder: Path, relative: str, where: str) -> Path:
     """
     path = folder / relative_path(relative, where)
     try:
-        is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a link that leads in a circle
+        target = path.resolve()  # of a link in a circle the link itself, and before Python 3.13 an error
+        is_inside = target.is_relative_to(folder.resolve()) and not target.is_symlink()
+    except (OSError, RuntimeError):
         is_inside = False
     if not is_inside:
         raise EdgepruneError(
